@@ -1,0 +1,70 @@
+"""safepool: the process pool that Python programs can trust.
+
+``from safepool import SafePoolExecutor as ProcessPoolExecutor``
+
+Names are loaded when they are first used, so that ``import safepool`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._os import CAPABILITIES as CAPABILITIES
+    from .errors import Attempt as Attempt
+    from .errors import PoisonTask as PoisonTask
+    from .errors import PoolBroken as PoolBroken
+    from .errors import PoolTerminated as PoolTerminated
+    from .errors import ResultUnreadable as ResultUnreadable
+    from .errors import Stalled as Stalled
+    from .errors import TaskTimeout as TaskTimeout
+    from .errors import TaskUnreadable as TaskUnreadable
+    from .errors import Unfinished as Unfinished
+    from .errors import WorkerDied as WorkerDied
+    from .errors import WorkerStartError as WorkerStartError
+    from .executor import SafePoolExecutor as SafePoolExecutor
+    from .future import SafeFuture as SafeFuture
+    from .patching import patch as patch
+    from .policy import Retry as Retry
+    from .waiting import as_completed as as_completed
+    from .waiting import wait as wait
+
+_PLACES = {
+    "CAPABILITIES": "_os",
+    "Attempt": "errors",
+    "PoisonTask": "errors",
+    "PoolBroken": "errors",
+    "PoolTerminated": "errors",
+    "ResultUnreadable": "errors",
+    "Retry": "policy",
+    "SafeFuture": "future",
+    "SafePoolExecutor": "executor",
+    "Stalled": "errors",
+    "TaskTimeout": "errors",
+    "TaskUnreadable": "errors",
+    "Unfinished": "errors",
+    "WorkerDied": "errors",
+    "WorkerStartError": "errors",
+    "as_completed": "waiting",
+    "patch": "patching",
+    "wait": "waiting",
+}
+
+__all__ = [*_PLACES, "__version__"]  # noqa: PLE0604  (a list of str, computed)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("safepool")
+    place = _PLACES.get(name)
+    if place is None:
+        raise AttributeError(f"module 'safepool' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{place}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

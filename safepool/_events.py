@@ -1,0 +1,265 @@
+"""The vocabulary: what happened (events) and what must be done (commands).  Data, no behaviour.
+
+Tasks and workers are whole numbers here; payloads, futures and processes stay with the watchdog.
+Every event carries ``now``, in monotonic seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+#: Why an attempt or a task came to nothing.
+FailureKind = Literal[
+    "error",  # the task raised
+    "result",  # the task returned something its retry policy may not accept
+    "timeout",  # one attempt took too long
+    "deadline",  # all of it took too long
+    "death",  # the worker died
+    "poison",  # too many workers died
+    "cancelled",  # the user does not want it any more
+    "terminated",  # the user ended the workers
+    "broken",  # the pool cannot run anything
+]
+
+
+class Failure(NamedTuple):
+    """The facts of a failure, from which the watchdog makes an exception."""
+
+    kind: FailureKind
+    worker: int | None = None
+    exitcode: int | None = None
+    seconds: float = 0.0
+    deaths: int = 0
+    reason: str = ""
+
+
+class NewTask(NamedTuple):
+    """What the core knows of a task.  ``deaths`` is None if nothing is ever retried."""
+
+    task: int
+    size_bytes: int = 0
+    timeout: float | None = None
+    deadline: float | None = None
+    deaths: int | None = None
+    judge_results: bool = False
+
+
+# ------------------------------------------------------------------ events
+
+
+class TasksSubmitted(NamedTuple):
+    now: float
+    tasks: tuple[NewTask, ...]
+
+
+class CancelRequested(NamedTuple):
+    """A user cancelled the task; with ``kill`` also if it is running."""
+
+    now: float
+    task: int
+    kill: bool = False
+
+
+class WorkerBooted(NamedTuple):
+    """The worker speaks; its initializer is about to run."""
+
+    now: float
+    worker: int
+
+
+class WorkerReady(NamedTuple):
+    now: float
+    worker: int
+
+
+class WorkerUnfit(NamedTuple):
+    """The initializer raised in the worker."""
+
+    now: float
+    worker: int
+    reason: str
+
+
+class Received(NamedTuple):
+    """All that one wake-up read from one worker: ``finished`` in order, then the task it has ``begun``.
+
+    ``finished`` pairs a task with whether it returned (True) or raised (False); ``run_s`` is the
+    mean run time of the finished ones, in seconds.
+    """
+
+    now: float
+    worker: int
+    finished: tuple[tuple[int, bool], ...]
+    begun: int | None = None
+    run_s: float = 0.0
+
+
+class Withheld(NamedTuple):
+    """These tasks were not sent after all: their users had cancelled them a moment before."""
+
+    now: float
+    worker: int
+    tasks: tuple[int, ...]
+
+
+class TakenBack(NamedTuple):
+    """These tasks were at the worker and had not begun; they never will there."""
+
+    now: float
+    worker: int
+    tasks: tuple[int, ...]
+
+
+class ChannelLost(NamedTuple):
+    """The worker's channel is closed or speaks nonsense, and the process still exists."""
+
+    now: float
+    worker: int
+    reason: str
+
+
+class WorkerDied(NamedTuple):
+    """The process is gone and its channel was read to the end.  ``unbegun`` goes back to the queue."""
+
+    now: float
+    worker: int
+    exitcode: int | None
+    unbegun: tuple[int, ...]
+
+
+class SpawnFailed(NamedTuple):
+    """The launch raised.  ``fatal``: it would raise the same every time."""
+
+    now: float
+    worker: int
+    reason: str
+    fatal: bool = False
+
+
+class RetryAnswered(NamedTuple):
+    """The retry policy wants another attempt after ``delay_s`` seconds, or (None) no more."""
+
+    now: float
+    task: int
+    attempt: int
+    delay_s: float | None
+
+
+class ShutdownRequested(NamedTuple):
+    now: float
+    cancel: bool
+
+
+class EndWorkersRequested(NamedTuple):
+    """The user ends all workers now, by SIGKILL (``hard``) or SIGTERM first."""
+
+    now: float
+    hard: bool
+
+
+class Ticked(NamedTuple):
+    """Time passed; timers that are due fire."""
+
+    now: float
+
+
+Event = (
+    TasksSubmitted
+    | CancelRequested
+    | WorkerBooted
+    | WorkerReady
+    | WorkerUnfit
+    | Received
+    | Withheld
+    | TakenBack
+    | ChannelLost
+    | WorkerDied
+    | SpawnFailed
+    | RetryAnswered
+    | ShutdownRequested
+    | EndWorkersRequested
+    | Ticked
+)
+
+# ---------------------------------------------------------------- commands
+
+
+class Spawn(NamedTuple):
+    worker: int
+
+
+class Send(NamedTuple):
+    worker: int
+    tasks: tuple[int, ...]
+
+
+class TakeBack(NamedTuple):
+    """Take back what this worker has not begun; answered by ``TakenBack``, also if it is nothing."""
+
+    worker: int
+
+
+class AskExit(NamedTuple):
+    worker: int
+
+
+class Kill(NamedTuple):
+    worker: int
+    hard: bool
+
+
+class Abandon(NamedTuple):
+    """This worker does not die; forget it, its seat is given away."""
+
+    worker: int
+
+
+class Began(NamedTuple):
+    """A live worker acknowledged the start of the task."""
+
+    task: int
+    worker: int
+
+
+class Requeue(NamedTuple):
+    """These tasks wait again; their futures are pending."""
+
+    tasks: tuple[int, ...]
+
+
+class AskRetry(NamedTuple):
+    """Ask the task's retry policy; answered by ``RetryAnswered``."""
+
+    task: int
+    attempt: int
+    failure: Failure
+
+
+class Resolve(NamedTuple):
+    """These tasks end with the outcome that their worker sent."""
+
+    tasks: tuple[int, ...]
+
+
+class Fail(NamedTuple):
+    task: int
+    failure: Failure
+
+
+class Close(NamedTuple):
+    """Nothing is left: no task, no worker."""
+
+
+Command = (
+    Spawn | Send | TakeBack | AskExit | Kill | Abandon | Began | Requeue | AskRetry | Resolve | Fail | Close
+)
+
+
+class Snapshot(NamedTuple):
+    """What the core holds, for people and tests: states by task and by worker."""
+
+    pool: str
+    tasks: dict[int, str]
+    workers: dict[int, str]
+    timers: int
+    extra: dict[str, Any]

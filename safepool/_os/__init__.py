@@ -1,0 +1,116 @@
+"""The operating system in a handful of verbs; nobody else asks what platform this is.
+
+* ``open_channel() -> (ours, worker's)``: a private pair of connected sockets, kept out of forked children;
+* ``keep(socket)``, ``close(socket)``: a worker's end becomes ours too; the end of a socket of ours;
+* ``send_some(socket, buffers)``: one write, of many buffers where that is possible;
+* ``watch(pid) -> fd | None``: readable when that process is dead; None: ask ``is_dead`` again and again;
+* ``send_signal(fd, process, number)``: to that very process, never to a pid that was reused;
+* ``CAPABILITIES``: what this platform gives; what is missing is said in ``MISSING``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from typing import Any
+
+#: What can be had here: ``pidfd`` (death is learnt from the kernel at once), ``take_back`` (tasks
+#: that a worker has not begun can be withdrawn from it), ``fork``.
+CAPABILITIES: frozenset[str] = frozenset(
+    name
+    for name, there in {
+        "pidfd": hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal"),
+        "take_back": hasattr(socket, "MSG_DONTWAIT"),
+        "fork": hasattr(os, "fork"),
+    }.items()
+    if there
+)
+
+#: What a platform without a capability does not guarantee.
+MISSING: dict[str, str] = {
+    "pidfd": "the death of a worker is noticed by asking 20 times a second, not at once",
+    "take_back": "a task that was sent to a worker can no longer be cancelled, and workers get one task at a time",
+    "fork": "workers are started as new interpreters",
+}
+
+ASK_AGAIN_S = 0.05  # how often a death is asked for where it is not reported
+
+# Parent-side sockets, by descriptor.  A forked child (a worker under "fork", or a program's own
+# fork) must not keep them open: the worker at the far end would never see its parent go.
+_ours: dict[int, socket.socket] = {}
+_ours_lock = threading.RLock()
+
+
+def open_channel() -> tuple[socket.socket, socket.socket]:
+    """A new pair of connected stream sockets.  Raises ``OSError`` when descriptors run out."""
+    with _ours_lock:
+        ours, theirs = socket.socketpair()
+        _ours[ours.fileno()] = ours
+    return ours, theirs
+
+
+def keep(channel: socket.socket) -> socket.socket:
+    """Count a worker's end among ours, once the worker has its own copy."""
+    with _ours_lock:
+        _ours[channel.fileno()] = channel
+    return channel
+
+
+def close(channel: socket.socket) -> None:
+    with _ours_lock:
+        _ours.pop(channel.fileno(), None)
+        channel.close()
+
+
+def send_some(channel: socket.socket, buffers: list[memoryview]) -> int:
+    """Write as much of ``buffers`` as goes at once; how many bytes went.  Raises ``OSError``."""
+    if hasattr(channel, "sendmsg"):
+        return channel.sendmsg(buffers)
+    return channel.send(buffers[0])
+
+
+def _let_go_in_child() -> None:
+    global _ours_lock
+    for channel in _ours.values():
+        channel.close()
+    _ours.clear()
+    _ours_lock = threading.RLock()
+
+
+if "fork" in CAPABILITIES:
+    # Scenario: one thread has made a pair and not yet written it down, another one forks.
+    os.register_at_fork(
+        before=lambda: _ours_lock.acquire(),
+        after_in_parent=lambda: _ours_lock.release(),
+        after_in_child=_let_go_in_child,
+    )
+
+
+def watch(pid: int) -> int | None:
+    """A descriptor that is readable once process ``pid`` is dead, or None where there is no such thing.
+
+    Raises ``ProcessLookupError`` if it is dead and reaped already.
+    """
+    if "pidfd" not in CAPABILITIES:
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
+    except OSError:  # an old kernel, or no descriptor is left: then it is asked for
+        return None
+
+
+def send_signal(fd: int | None, process: Any, *, hard: bool) -> None:
+    """SIGKILL (``hard``) or SIGTERM to the process behind ``fd``, else behind multiprocessing's ``process``."""
+    try:
+        if fd is not None:
+            signal.pidfd_send_signal(fd, signal.SIGKILL if hard else signal.SIGTERM)
+        elif hard:
+            process.kill()
+        else:
+            process.terminate()
+    except (ProcessLookupError, ValueError):
+        pass  # dead already, or closed

@@ -1,0 +1,107 @@
+"""A thread for other people's code: callbacks and retry policies run here, never on the watchdog.
+
+Jobs run one after another, in order.  A job that takes longer than ``PATIENCE_S`` is left to itself and
+the rest goes on beside it: one callback that blocks does not stop all others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+
+PATIENCE_S = 10.0
+IDLE_S = 1.0  # a thread without work ends after so long; a new job starts a new one
+
+Job = Callable[[], object]
+
+
+class Side:
+    """A queue of jobs and the thread that runs them, started when there is a job."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()  # re-entrant: finalizers run anywhere
+        self._thread: threading.Thread | None = None
+        self._busy_since: float | None = None
+        self._closed = False
+
+    def put(self, job: Job) -> None:
+        with self._changed:
+            self._jobs.append(job)
+            if self._thread is None:
+                self._start()
+            else:
+                self._changed.notify_all()
+
+    def _start(self) -> None:
+        self._busy_since = None
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        self._thread = thread
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads are to be had now; ``relieve`` tries again
+            self._thread = None
+
+    def relieve(self, now: float) -> float | None:
+        """Replace the thread if its job takes too long; when to look again, in monotonic seconds."""
+        if not self._jobs:
+            return None
+        with self._changed:
+            if not self._jobs:
+                return None
+            if self._thread is None or (self._busy_since is not None and now - self._busy_since >= PATIENCE_S):
+                self._start()
+            return (self._busy_since or now) + PATIENCE_S
+
+    def _run(self) -> None:
+        me = threading.current_thread()
+        while (job := self._next(me)) is not None:
+            try:
+                job()
+            except BaseException:
+                logging.getLogger("concurrent.futures").exception("an unexpected error on thread %s", self._name)
+            del job
+            with self._changed:
+                if self._thread is me:
+                    self._busy_since = None
+                    self._changed.notify_all()
+
+    def _next(self, me: threading.Thread) -> Job | None:
+        with self._changed:
+            while self._thread is me:
+                if self._jobs:
+                    self._busy_since = monotonic()
+                    return self._jobs.popleft()
+                if self._closed or not self._changed.wait(IDLE_S):
+                    if not self._jobs:
+                        self._thread = None
+                        self._changed.notify_all()
+            return None
+
+    def close(self) -> None:
+        """Let the thread end as soon as nothing is left to do."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        """Wait until all jobs are done, but for none longer than ``PATIENCE_S``."""
+        if self._thread is threading.current_thread():
+            return
+        with self._changed:
+            while self._thread is not None:
+                since = self._busy_since if self._busy_since is not None else monotonic()
+                left = since + PATIENCE_S - monotonic()
+                if left > 0:
+                    self._changed.wait(min(left, IDLE_S))
+                elif self._jobs:
+                    self._start()
+                else:
+                    return
+
+    def is_current(self) -> bool:
+        return self._thread is threading.current_thread()

@@ -1,0 +1,610 @@
+"""The only thread that touches workers: readiness and time become events, commands become acts.
+
+Guarantees:
+
+* callers only post (``submit``, ``cancel`` ...) and never wait for a lock held over I/O;
+* nothing here waits without a bound, unpickles, or calls the user's code;
+* an error in here, a bug of ours, fails every future with the event log: it may not be a hang.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from . import _events as e
+from . import _os
+from ._core import Core
+from ._evidence import error_of
+from ._launch import Launcher
+from ._link import Answer, Link
+from ._side import Side
+from ._worker import Setup
+from .errors import Attempt, PoolBroken, with_attempts
+from .future import SafeFuture
+from .policy import PoolPolicy, TaskOptions
+
+EVENTS_KEPT = 1000
+STATUS_LIMIT_S = 0.5  # for the exit status of a dead worker to reach us
+STATUS_AGAIN_S = 0.002
+ANSWER_LIMIT_S = 5.0  # for the watchdog to answer a caller
+JOIN_SLICE_S = 1.0
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+_log = logging.getLogger("concurrent.futures")
+
+
+class Call:
+    """What the watchdog holds for one task until its future is done."""
+
+    __slots__ = ("answer", "error", "future", "judge", "options", "payload", "submitted")
+
+    def __init__(self, future: SafeFuture, payload: bytes, options: TaskOptions, submitted: float) -> None:
+        self.future = future
+        self.payload = payload
+        self.options = options
+        self.submitted = submitted
+        self.answer: Answer | None = None
+        self.error: BaseException | None = None  # in place of the answer
+        self.judge: Any = None
+
+    def as_new_task(self) -> e.NewTask:
+        options = self.options
+        if options.timeout is None and options.deadline is None and options.retry is None:
+            return e.NewTask(self.future._task, len(self.payload))
+        return e.NewTask(
+            self.future._task,
+            len(self.payload),
+            options.timeout,
+            None if options.deadline is None else self.submitted + options.deadline,
+            None if options.retry is None else getattr(options.retry, "deaths", DEATHS),
+            options.retry is not None and not hasattr(options.retry, "deaths"),
+        )
+
+
+DEATHS = 3  # that a task under a tenacity policy may cause, as Retry.deaths
+
+
+class Watchdog:
+    """The thread of one pool, its core, its workers and its mailbox.
+
+    ``core`` is injected for tests.
+    """
+
+    def __init__(self, policy: PoolPolicy, launcher: Launcher, setup: Setup, name: str, core: Core | None = None) -> None:
+        self.name = name
+        self.processes: dict[int, Any] = {}  # pid -> multiprocessing's process, alive or not yet buried
+        self.broken: str | None = None
+        self.thread: threading.Thread | None = None
+        self.progress = 0  # counts what moves: begun and finished tasks, workers that got ready
+        self._policy = policy
+        self._launcher = launcher
+        self._setup = setup
+        self._core = Core(policy) if core is None else core
+        self._pid = os.getpid()
+        self._side = Side(f"{name}-callbacks")
+        self._judges = Side(f"{name}-retries")
+        self._start_lock = threading.RLock()
+        self._mailbox: deque[Call | Callable[[], None]] = deque()
+        self._awake = True
+        self._closed = threading.Event()
+        self._calls: dict[int, Call] = {}
+        self._links: dict[int, Link] = {}
+        self._pids: dict[int, int] = {}
+        self._watched: set[int] = set()  # workers whose death a descriptor reports
+        self._writing: set[int] = set()
+        self._dying: dict[int, tuple[Link, float]] = {}
+        self._events: deque[e.Event] = deque()
+        self.event_log: deque[str | e.Event] = deque(maxlen=EVENTS_KEPT)
+
+    # -------------------------------------------------------- callers' side
+
+    def submit(self, call: Call) -> None:
+        self._mailbox.append(call)
+        if self.thread is None:
+            self._start()
+        if not self._awake:
+            self._wake()
+        if self._closed.is_set():
+            # Scenario 1: (a) a thread passes the check for shutdown, (b) the pool closes, (c) it posts.
+            self._return_mail()
+
+    def post(self, act: Callable[[], None]) -> None:
+        """Have the watchdog call ``act``, soon; nothing happens if it is closed or never ran."""
+        self._mailbox.append(act)
+        if self.thread is not None and not self._awake:
+            self._wake()
+
+    def ask(self, act: Callable[[], None]) -> None:
+        """Like ``post``, and wait until it is done, for at most ``ANSWER_LIMIT_S``."""
+        if self.thread is None or self._closed.is_set() or threading.current_thread() is self.thread:
+            # (The garbage collector may run a user's finalizer on any thread, this one included.)
+            self.post(act)
+            return
+        answered = threading.Event()
+
+        def act_and_answer() -> None:
+            self._batch_done.append(answered)
+            act()
+
+        self.post(act_and_answer)
+        end = monotonic() + ANSWER_LIMIT_S
+        while not answered.wait(min(0.1, ANSWER_LIMIT_S)) and monotonic() < end and not self._closed.is_set():
+            self.check()
+
+    def cancel(self, task: int, *, kill: bool = False, wait: bool = False) -> None:
+        def act() -> None:
+            self._events.append(e.CancelRequested(monotonic(), task, kill))
+
+        (self.ask if wait else self.post)(act)
+
+    def shutdown(self, *, cancel: bool) -> None:
+        with self._start_lock:
+            if self.thread is None:
+                self._closed.set()  # nothing ever ran, and now nothing will
+        self.post(lambda: self._events.append(e.ShutdownRequested(monotonic(), cancel)))
+
+    def end_workers(self, *, hard: bool) -> None:
+        self.ask(lambda: self._events.append(e.EndWorkersRequested(monotonic(), hard)))
+
+    def join(self, limit_s: float | None = None) -> bool:
+        """Wait until the pool is closed and its callbacks have run; True: it is."""
+        if self.thread is None or self.is_own_thread():
+            return self.thread is None
+        end = None if limit_s is None else monotonic() + limit_s
+        while not self._closed.wait(JOIN_SLICE_S if end is None else min(JOIN_SLICE_S, max(0.0, end - monotonic()))):
+            self.check()
+            if end is not None and monotonic() >= end:
+                return False
+        self.thread.join(JOIN_SLICE_S)
+        self._side.join()
+        return True
+
+    def is_closed(self) -> bool:
+        return self._closed.is_set()
+
+    def is_own_thread(self) -> bool:
+        """Is this thread one that the pool itself needs in order to end?"""
+        return threading.current_thread() is self.thread or self._side.is_current() or self._judges.is_current()
+
+    def is_fork(self) -> bool:
+        """Are we in a child that the user's process forked?  Then the pool is not ours to use."""
+        return os.getpid() != self._pid
+
+    def check(self) -> None:
+        """See that the watchdog lives; if it does not, no future may wait for it."""
+        if self.is_fork():
+            reason = f"this process is a fork of {self._pid}, which owns the pool; make a pool of your own here"
+            raise PoolBroken(reason, reason=reason)
+        elif self.thread is not None and not self.thread.is_alive() and not self._closed.is_set():
+            self._crashed("its thread is gone")
+
+    def deliver(self, job: Callable[[], object]) -> None:
+        self._side.put(job)
+
+    def state_of(self, task: int) -> str:
+        return self._core.state_of(task)
+
+    def __repr__(self) -> str:
+        return f"<Watchdog {self.name} {self._core!r}>"
+
+    def _start(self) -> None:
+        with self._start_lock:
+            if self.thread is not None or self._closed.is_set():
+                return
+            try:
+                self._selector = selectors.DefaultSelector()
+                self._wake_w, self._wake_r = _os.open_channel()
+                _os.keep(self._wake_r)
+                self._wake_w.setblocking(False)
+                self._wake_r.setblocking(False)
+                self._selector.register(self._wake_r, READ, None)
+                self._batch_done: list[threading.Event] = []
+                thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
+                thread.start()
+                self.thread = thread
+            except (RuntimeError, OSError) as error:
+                self._crashed(f"it could not be started: {error}")
+
+    def _wake(self) -> None:
+        self._awake = True
+        try:
+            self._wake_w.send(b"!")
+        except OSError:
+            pass  # full: it will wake; closed: nobody is there
+
+    # ---------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        try:
+            if hasattr(signal, "pthread_sigmask"):
+                # Workers start with SIGINT held back until they have a handler for it.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            while not self._core.is_closed():
+                self._turn()
+            self._close()
+        except BaseException:
+            self._crashed(traceback.format_exc())
+
+    def _turn(self) -> None:
+        """One round: wait, read the mail, listen to the workers, let time pass."""
+        self._awake = False
+        timeout = 0.0 if self._mailbox else self._timeout()
+        ready = self._selector.select(timeout)
+        self._awake = True
+        self._read_mailbox()
+        self._drain()
+        # Deaths first: they read their channel to the end, and a closed channel is then no news.
+        for key, mask in sorted(ready, key=_deaths_first) if len(ready) > 1 else ready:
+            if key.data is None:
+                self._empty_wake_pipe()
+            elif key.data[1]:
+                self._died(key.data[0])
+            else:
+                self._channel_ready(key.data[0], mask)
+            self._drain()
+        self._look_after_the_dying()
+        now = monotonic()
+        due = self._core.next_deadline()
+        if due is not None and due <= now:
+            self._events.append(e.Ticked(now))
+            self._drain()
+        self._side.relieve(now)
+        self._judges.relieve(now)
+        if self._batch_done:
+            for answered in self._batch_done:
+                answered.set()
+            self._batch_done.clear()
+
+    def _timeout(self) -> float | None:
+        now = monotonic()
+        moments = [self._core.next_deadline(), self._side.relieve(now), self._judges.relieve(now)]
+        if self._dying:
+            moments.append(now + STATUS_AGAIN_S)
+        if len(self._watched) < len(self._links):
+            moments.append(now + _os.ASK_AGAIN_S)
+        known = [moment for moment in moments if moment is not None]
+        return max(0.0, min(known) - now) if known else None
+
+    def _empty_wake_pipe(self) -> None:
+        try:
+            self._wake_r.recv(4096)
+        except OSError:
+            pass
+
+    def _read_mailbox(self) -> None:
+        mailbox = self._mailbox
+        fresh: list[e.NewTask] = []
+        for _ in range(len(mailbox)):
+            item = mailbox.popleft()
+            if isinstance(item, Call):
+                self._calls[item.future._task] = item
+                fresh.append(item.as_new_task())
+                continue
+            if fresh:
+                self._events.append(e.TasksSubmitted(monotonic(), tuple(fresh)))
+                fresh.clear()
+            item()
+        if fresh:
+            self._events.append(e.TasksSubmitted(monotonic(), tuple(fresh)))
+
+    def _drain(self) -> None:
+        """Hand events to the core and carry out its commands until there are none; then write."""
+        while self._events:
+            event = self._events.popleft()
+            self.event_log.append(_for_the_log(event))
+            for command in self._core.handle(event):
+                _ACTS[type(command)](self, command)
+        if self._writing:
+            self._write()
+
+    def _write(self) -> None:
+        for worker in tuple(self._writing):
+            link = self._links.get(worker)
+            if link is None or link.flush():
+                self._writing.discard(worker)
+            self._register(worker, link)
+
+    def _register(self, worker: int, link: Link | None) -> None:
+        """Ask the selector for what we now want of this worker's channel."""
+        if link is None or link.is_deaf:
+            return
+        wanted = READ | WRITE if worker in self._writing else READ
+        if link.wanted != wanted:
+            link.wanted = wanted
+            self._selector.modify(link, wanted, (link, False))
+
+    def _channel_ready(self, link: Link, mask: int) -> None:
+        if link.worker not in self._links or link.is_deaf:
+            return
+        if mask & READ:
+            self._hear(link)
+        if mask & WRITE:
+            self._writing.add(link.worker)
+
+    def _hear(self, link: Link, most_bytes: int = 1 << 22) -> None:
+        heard = link.hear(most_bytes)
+        now, worker = monotonic(), link.worker
+        if heard.booted:
+            self._events.append(e.WorkerBooted(now, worker))
+        if heard.unfit is not None:
+            self._events.append(e.WorkerUnfit(now, worker, f"its initializer failed in the worker:\n{heard.unfit}"))
+        if heard.ready:
+            self.progress += 1
+            self._events.append(e.WorkerReady(now, worker))
+        if heard.answers or heard.begun is not None:
+            self.progress += 1
+            finished = []
+            for answer in heard.answers:
+                call = self._calls.get(answer.task)
+                if call is not None:
+                    call.answer = answer
+                finished.append((answer.task, answer.ok))
+            self._events.append(e.Received(now, worker, tuple(finished), heard.begun, heard.run_s))
+        if heard.lost is not None and not link.is_deaf:
+            link.is_deaf = True
+            self._selector.unregister(link)
+            self._events.append(e.ChannelLost(now, worker, heard.lost))
+
+    # -------------------------------------------------------- deaths
+
+    def _died(self, link: Link) -> None:
+        """The kernel says that the process is dead; its status may take a moment to reach us."""
+        if self._links.get(link.worker) is not link or link.worker in self._dying:
+            return
+        if link.worker in self._watched:
+            self._selector.unregister(link.process.fileno())  # type: ignore[arg-type]
+            self._watched.discard(link.worker)
+        self._dying[link.worker] = (link, monotonic() + STATUS_LIMIT_S)
+
+    def _look_after_the_dying(self) -> None:
+        if len(self._watched) + len(self._dying) < len(self._links):
+            for link in tuple(self._links.values()):
+                if link.worker not in self._watched and link.process.is_dead():
+                    self._died(link)
+        for worker, (link, limit) in tuple(self._dying.items()):
+            code = link.process.exitcode()
+            if code is not None or monotonic() >= limit:
+                del self._dying[worker]
+                self._hear(link, most_bytes=1 << 62)  # "answered, then died" is one fact: first the answer
+                self._drain()
+                self._events.append(e.WorkerDied(monotonic(), worker, code, link.unbegun()))
+                self._forget(link)
+                self._drain()
+
+    def _forget(self, link: Link) -> None:
+        del self._links[link.worker]
+        self.processes.pop(link.process.pid, None)
+        self._writing.discard(link.worker)
+        if not link.is_deaf:
+            self._selector.unregister(link)
+        if link.worker in self._watched:
+            self._watched.discard(link.worker)
+            self._selector.unregister(link.process.fileno())  # type: ignore[arg-type]
+        link.close()
+
+    # ---------------------------------------------------------- the acts
+
+    def _act_spawn(self, command: e.Spawn) -> None:
+        worker = command.worker
+        try:
+            link = Link(worker, self._launcher, self._setup, take_back=self._policy.take_back)
+        except (OSError, MemoryError) as error:
+            reason = f"worker {worker} could not be launched: {type(error).__name__}: {error}"
+            self._events.append(e.SpawnFailed(monotonic(), worker, reason))
+            return
+        except Exception:
+            reason = f"worker {worker} cannot be launched:\n{traceback.format_exc()}"
+            self._events.append(e.SpawnFailed(monotonic(), worker, reason, fatal=True))
+            return
+        self._links[worker] = link
+        self._pids[worker] = link.process.pid
+        self.processes[link.process.pid] = link.process.process
+        if len(self._pids) > 2 * len(self._links) + EVENTS_KEPT:
+            del self._pids[next(iter(self._pids))]
+        self._selector.register(link, READ, (link, False))
+        link.wanted = READ
+        fd = link.process.fileno()
+        if fd is not None:
+            self._selector.register(fd, READ, (link, True))
+            self._watched.add(worker)
+        self._writing.add(worker)
+
+    def _act_send(self, command: e.Send) -> None:
+        link = self._links.get(command.worker)
+        calls = []
+        for task in command.tasks:
+            call = self._calls[task]
+            if call.future.claim():
+                calls.append((task, call.payload))
+        if len(calls) < len(command.tasks):
+            # Scenario 2: (a) the core sends a task, (b) its user cancels it, (c) it is claimed here.
+            # The future says cancelled, so it must not go out.
+            claimed = {task for task, _ in calls}
+            withheld = tuple(task for task in command.tasks if task not in claimed)
+            self._events.appendleft(e.Withheld(monotonic(), command.worker, withheld))
+        if link is not None and calls:
+            link.send(calls)
+            self._writing.add(command.worker)
+
+    def _act_take_back(self, command: e.TakeBack) -> None:
+        link = self._links.get(command.worker)
+        tasks = link.take_back() if link is not None else ()
+        self._events.appendleft(e.TakenBack(monotonic(), command.worker, tasks))
+
+    def _act_ask_exit(self, command: e.AskExit) -> None:
+        link = self._links.get(command.worker)
+        if link is not None:
+            link.ask_exit()
+            self._writing.add(command.worker)
+
+    def _act_kill(self, command: e.Kill) -> None:
+        link = self._links.get(command.worker)
+        if link is not None:
+            link.process.kill(hard=command.hard)
+
+    def _act_abandon(self, command: e.Abandon) -> None:
+        link = self._links.get(command.worker)
+        if link is not None:
+            _log.critical("safepool: %r does not die even of SIGKILL; it is given up and replaced", link.process)
+            self._dying.pop(command.worker, None)
+            self._forget(link)
+
+    def _act_began(self, command: e.Began) -> None:
+        call = self._calls[command.task]
+        call.future.begin(self._pids.get(command.worker))
+        if call.options.retry is None:
+            call.payload = b""  # it will never be sent again
+
+    def _act_requeue(self, command: e.Requeue) -> None:
+        for task in command.tasks:
+            call = self._calls[task]
+            call.answer = call.error = None
+            call.future.requeue()
+
+    def _act_ask_retry(self, command: e.AskRetry) -> None:
+        call = self._calls[command.task]
+        pid = self._pids.get(command.failure.worker or 0)
+        kind, task, attempt, ended = command.failure.kind, command.task, command.attempt, monotonic()
+        if kind not in ("error", "result"):
+            call.answer = None  # one that came too late
+            call.error = error_of(command.failure, call.future, call.options, pid)
+
+        def judge() -> None:
+            delay_s = None
+            try:
+                delay_s = _judge(call, kind, attempt, pid, ended)
+            finally:
+                self.post(lambda: self._events.append(e.RetryAnswered(monotonic(), task, attempt, delay_s)))
+
+        self._judges.put(judge)
+
+    def _act_resolve(self, command: e.Resolve) -> None:
+        for task in command.tasks:
+            call = self._calls.pop(task)
+            if call.error is not None:
+                call.future.failed(call.error)
+            else:
+                assert call.answer is not None
+                call.future.answered(call.answer)
+
+    def _act_fail(self, command: e.Fail) -> None:
+        call = self._calls.pop(command.task)
+        failure = command.failure
+        if failure.kind == "cancelled":
+            call.future.cancelled_by_pool()
+            return
+        pid = self._pids.get(failure.worker) if failure.worker is not None else None
+        if call.error is not None and failure.kind in ("death", "timeout"):
+            error = call.error  # the one its retry policy saw
+        else:
+            error = error_of(failure, call.future, call.options, pid)
+        call.future.failed(with_attempts(error, call.future.attempts) if call.future.attempts else error)
+
+    def _act_close(self, command: e.Close) -> None:
+        pass  # ``_run`` sees it
+
+    # ------------------------------------------------------------ the end
+
+    def _close(self) -> None:
+        self._closed.set()
+        self._return_mail()
+        self._selector.close()
+        _os.close(self._wake_r)
+        _os.close(self._wake_w)
+        self._side.close()
+        self._judges.close()
+
+    def _return_mail(self) -> None:
+        """What was posted too late fails, rather than wait for a thread that is gone."""
+        while self._mailbox:
+            try:
+                item = self._mailbox.popleft()
+            except IndexError:
+                return
+            if isinstance(item, Call):
+                item.future.failed(PoolBroken("the pool was shut down before this task was queued", reason="shutdown"))
+
+    def _fail_all(self, error: PoolBroken) -> None:
+        calls, self._calls = self._calls, {}
+        calls.update((item.future._task, item) for item in tuple(self._mailbox) if isinstance(item, Call))
+        for call in calls.values():
+            call.future.failed(error)
+
+    def _crashed(self, trouble: str) -> None:
+        """A bug of ours, or of the system's: fail everything, loudly, with the evidence; kill every worker."""
+        log = tuple(map(repr, tuple(self.event_log)))
+        message = (
+            f"the watchdog of pool {self.name!r} broke down, and every unfinished task with it; please report this. "
+            f"{trouble.strip()}\nLast events:\n" + "\n".join(log[-20:])
+        )
+        self.broken = message
+        _log.critical("safepool: %s", message)
+        for link in tuple(self._links.values()):
+            try:
+                link.process.kill(hard=True)
+                link.process.process.join(STATUS_LIMIT_S)
+                link.close()
+            except Exception:
+                _log.exception("safepool: while killing %r", link)
+        self._fail_all(PoolBroken(message, reason=trouble, event_log=log))
+        self._closed.set()
+        self._return_mail()
+        self._side.close()
+        self._judges.close()
+
+
+def _judge(call: Call, kind: str, attempt: int, pid: int | None, ended: float) -> float | None:
+    """On the retries' thread: ask the policy about this attempt, and note the attempt on the future.
+
+    How many seconds to wait before the next one; None: the outcome stands.
+    """
+    from ._retry import Judge
+
+    future = call.future
+    if call.judge is None:
+        call.judge = Judge(call.options.retry, call.submitted)  # type: ignore[arg-type]
+    value, error = future._unpickle(call.answer) if call.answer is not None else (None, call.error)
+    verdict = call.judge.after_result(value, ended) if error is None else call.judge.after_error(error, kind, ended)
+    if error is None and verdict.delay_s is None and verdict.error is None:
+        return None  # the result is accepted
+    future._history.append(Attempt(attempt, kind, pid, error))
+    if verdict.error is not None:
+        call.error = with_attempts(verdict.error, future.attempts)
+    delay: float | None = verdict.delay_s
+    return delay
+
+
+def _deaths_first(item: tuple[selectors.SelectorKey, int]) -> bool:
+    data = item[0].data
+    return data is None or not data[1]
+
+
+def _for_the_log(event: e.Event) -> str | e.Event:
+    if isinstance(event, e.TasksSubmitted) and len(event.tasks) > 8:
+        return f"TasksSubmitted(now={event.now}, {len(event.tasks)} tasks from {event.tasks[0].task} on)"
+    return event
+
+
+_ACTS: dict[type, Callable[[Watchdog, Any], None]] = {
+    e.Spawn: Watchdog._act_spawn,
+    e.Send: Watchdog._act_send,
+    e.TakeBack: Watchdog._act_take_back,
+    e.AskExit: Watchdog._act_ask_exit,
+    e.Kill: Watchdog._act_kill,
+    e.Abandon: Watchdog._act_abandon,
+    e.Began: Watchdog._act_began,
+    e.Requeue: Watchdog._act_requeue,
+    e.AskRetry: Watchdog._act_ask_retry,
+    e.Resolve: Watchdog._act_resolve,
+    e.Fail: Watchdog._act_fail,
+    e.Close: Watchdog._act_close,
+}

@@ -1,0 +1,153 @@
+"""The only module that pickles; frames bytes to and from one worker over its private channel.
+
+A frame is an envelope of fixed layout, which always loads, around two byte strings: ``text`` (UTF-8,
+for people) and ``body`` (a pickle, for the far end only).  A body that cannot be loaded spoils
+nothing but itself.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import socket
+import struct
+from collections import ChainMap
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+# To the worker: a call to run; the request to exit; what every worker is set up with.
+CALL, EXIT, SETUP = 1, 2, 3
+# From the worker: alive; ready; initializer failed; a task began; it returned; it raised.
+BOOTED, READY, UNFIT, BEGAN, RETURNED, RAISED = 11, 12, 13, 14, 15, 16
+_KINDS = frozenset((CALL, EXIT, SETUP, BOOTED, READY, UNFIT, BEGAN, RETURNED, RAISED))
+
+# kind, number of the call at this worker, number of the call that begins now (0: none), run time in
+# seconds, length of text, length of body.
+_HEADER = struct.Struct("<BQQdQQ")
+_TICKET = struct.Struct("<Q")
+TICKET_BYTES = _TICKET.size
+MOST_TEXT = 1 << 20
+READ_BYTES = 1 << 16
+PROTOCOL = pickle.HIGHEST_PROTOCOL
+
+
+class ProtocolError(Exception):
+    """The far end sent something that is not a frame."""
+
+
+class Frame(NamedTuple):
+    kind: int
+    number: int = 0
+    begins: int = 0
+    run_s: float = 0.0
+    text: bytes = b""
+    body: bytes = b""
+
+
+def encode(frame: Frame) -> bytes:
+    kind, number, begins, run_s, text, body = frame
+    return _HEADER.pack(kind, number, begins, run_s, len(text), len(body)) + text + body
+
+
+class FrameReader:
+    """Bytes in, frames out."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._scratch = bytearray(READ_BYTES)
+
+    def read_from(self, channel: socket.socket) -> int:
+        """Read once; how many bytes came (0: the far end is closed).  Raises ``OSError``."""
+        got = channel.recv_into(self._scratch)
+        self._buffer += self._scratch if got == READ_BYTES else self._scratch[:got]
+        return got
+
+    def __iter__(self) -> Iterator[Frame]:
+        """The whole frames that have come; a partial one stays.  Raises ``ProtocolError``."""
+        buffer, at = self._buffer, 0
+        try:
+            while len(buffer) - at >= _HEADER.size:
+                kind, number, begins, run_s, text_len, body_len = _HEADER.unpack_from(buffer, at)
+                if kind not in _KINDS or text_len > MOST_TEXT:
+                    raise ProtocolError(f"not a frame of ours: {bytes(buffer[at : at + _HEADER.size])!r}")
+                text_at = at + _HEADER.size
+                body_at = text_at + text_len
+                end = body_at + body_len
+                if len(buffer) < end:
+                    return
+                with memoryview(buffer) as view:
+                    text, body = bytes(view[text_at:body_at]), bytes(view[body_at:end])
+                at = end
+                yield Frame(kind, number, begins, run_s, text, body)
+        finally:
+            del buffer[:at]
+
+
+def ticket(number: int) -> bytes:
+    return _TICKET.pack(number)
+
+
+def tickets(data: bytes) -> list[int]:
+    """The numbers on the tickets in ``data``; they are written and read whole."""
+    return [number for (number,) in _TICKET.iter_unpack(data)]
+
+
+# ------------------------------------------------------------------ payloads
+
+
+class _Pickler(pickle.Pickler):
+    """The C pickler with multiprocessing's own reducers (connections, sockets, bound methods)."""
+
+    dispatch_table: ChainMap[type, Any] = ChainMap()
+
+
+def _reducers() -> None:
+    import copyreg
+    from multiprocessing.reduction import ForkingPickler
+
+    _Pickler.dispatch_table = ChainMap(ForkingPickler._extra_reducers, copyreg.dispatch_table)  # type: ignore[attr-defined]
+
+
+def dumps_call(call: tuple[Any, ...]) -> bytes:
+    """Pickle what goes to a worker.  What lives in ``__main__`` travels by value, and so do lambdas and closures.
+
+    Raises whatever pickling raises.
+    """
+    try:
+        data = _dumps(call)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return _dumps_by_value(call)
+    # The name of the module of everything pickled by reference is in the bytes.  A false alarm
+    # (the text as data) costs time, nothing else.
+    return _dumps_by_value(call) if b"__main__" in data or b"__mp_main__" in data else data
+
+
+def dumps_result(result: Any) -> bytes:
+    """Pickle what goes back: the parent has its own ``__main__``, by value only if need be."""
+    try:
+        return _dumps(result)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return _dumps_by_value(result)
+
+
+def loads(body: bytes) -> Any:
+    return pickle.loads(body)
+
+
+def _dumps(value: Any) -> bytes:
+    if not _Pickler.dispatch_table:
+        _reducers()
+    file = io.BytesIO()
+    _Pickler(file, PROTOCOL).dump(value)
+    return file.getvalue()
+
+
+def _dumps_by_value(value: Any) -> bytes:
+    import cloudpickle  # loky's own pickler, installed with it
+    from multiprocessing.reduction import ForkingPickler
+
+    file = io.BytesIO()
+    pickler = cloudpickle.Pickler(file, PROTOCOL)
+    pickler.dispatch_table = ChainMap(ForkingPickler._extra_reducers, pickler.dispatch_table)  # type: ignore[attr-defined]
+    pickler.dump(value)
+    return file.getvalue()

@@ -1,0 +1,144 @@
+"""Every way a task or a pool fails is a class here and carries the facts.
+
+Errors of death are ``BrokenProcessPool`` and errors of time are ``TimeoutError``, so code written
+for ``concurrent.futures`` catches what it always caught.  The facts are attributes (``error.pid``,
+``error.exitcode``, ``error.task`` ...) and part of the message.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One failed run of a task.
+
+    ``number`` counts from 1; ``cause`` is ``"error"``, ``"timeout"``, ``"death"`` or ``"result"`` (a
+    result that a tenacity predicate did not accept); ``pid`` is the worker's, or None if unknown;
+    ``error`` is the exception of this attempt.
+    """
+
+    number: int
+    cause: str
+    pid: int | None
+    error: BaseException | None
+
+    def __str__(self) -> str:
+        return f"attempt {self.number} (worker {self.pid}): {self.cause}: {self.error!r}"
+
+
+class _Facts:
+    """What the errors below share: facts given by name become attributes and survive pickling."""
+
+    attempts: Sequence[Attempt] = ()
+    task: str = "a task"
+    pid: int | None = None
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        self.__dict__.update(facts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)  # type: ignore[attr-defined]
+
+
+def _rebuild(cls: type[BaseException], args: tuple[Any, ...], facts: dict[str, Any]) -> BaseException:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
+
+
+class WorkerDied(_Facts, BrokenProcessPool):
+    """The worker that ran this task ended before it answered.
+
+    Attributes: ``pid``, ``exitcode`` (negative: the signal; None: unknown), ``task``, ``attempts``.
+    """
+
+    exitcode: int | None = None
+
+
+class PoisonTask(WorkerDied):
+    """This task took down as many workers as its retry policy allows; it is not run again."""
+
+    deaths: int = 0
+
+
+class TaskTimeout(_Facts, TimeoutError):
+    """The task went over its ``timeout`` (one attempt) or ``deadline`` (all of it) and was stopped.
+
+    Attributes: ``limit`` (``"timeout"`` or ``"deadline"``), ``seconds``, ``task``, ``pid``, ``attempts``.
+    """
+
+    limit: str = "timeout"
+    seconds: float = 0.0
+
+
+class PoolBroken(_Facts, BrokenProcessPool):
+    """The pool can run nothing any more.  ``reason`` says why; ``event_log`` holds its last events."""
+
+    reason: str = ""
+    event_log: Sequence[str] = ()
+
+
+class WorkerStartError(PoolBroken):
+    """No worker can be brought up: the launch, the boot or the initializer fails."""
+
+
+class PoolTerminated(_Facts, BrokenProcessPool):
+    """``terminate_workers()`` or ``kill_workers()`` ended the worker that ran this task."""
+
+
+class TaskUnreadable(_Facts, BrokenProcessPool):
+    """The call could not be unpickled in the worker; the cause is attached, the pool goes on."""
+
+
+class ResultUnreadable(_Facts, BrokenProcessPool):
+    """The result or exception of the task could not be unpickled here; the pool goes on."""
+
+
+class Unfinished(_Facts, TimeoutError):
+    """``as_completed`` or ``wait`` ran out of time.  ``unfinished`` is the list of those futures."""
+
+    unfinished: Sequence[Future[Any]] = ()
+    seconds: float = 0.0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        facts = {k: v for k, v in self.__dict__.items() if k != "unfinished"}  # futures do not travel
+        return _rebuild, (type(self), self.args, facts)
+
+
+class Stalled(Unfinished):
+    """None of the awaited futures made progress for ``stall_timeout`` seconds."""
+
+
+def how_it_ended(exitcode: int | None) -> str:
+    """Words for the exit status of a process: ``exit code -9 (SIGKILL: Killed)``."""
+    if exitcode is None:
+        return "exit status unknown (another part of the program reaped it)"
+    if exitcode < 0:
+        try:
+            name = signal.Signals(-exitcode).name
+        except ValueError:
+            name = f"signal {-exitcode}"
+        return f"exit code {exitcode} ({name}: {signal.strsignal(-exitcode)})"
+    return f"EXIT({exitcode}), exit code {exitcode}"
+
+
+def with_attempts(error: BaseException, attempts: Iterable[Attempt]) -> BaseException:
+    """Put the failed attempts on the final exception: as ``.attempts`` and, in words, as notes."""
+    told = tuple(attempts)
+    if len(told) > 1:
+        for attempt in told[:-1]:
+            error.add_note(f"safepool: {attempt}")
+    try:
+        error.attempts = told  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        pass  # an exception with __slots__ or a frozen one: the notes tell the same
+    return error

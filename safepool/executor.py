@@ -1,0 +1,372 @@
+"""Looks exactly like ``concurrent.futures``; posts to the watchdog and returns futures."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, process
+from time import monotonic
+from typing import Any
+
+from . import _os, _wire
+from ._launch import ContextLauncher, default_launcher
+from ._watchdog import Call, Watchdog
+from ._worker import Setup, run_chunk
+from .errors import PoolBroken
+from .future import SafeFuture
+from .policy import MAX_WINDOWS_WORKERS, OnWorkerDeath, PoolPolicy, TaskOptions, whole
+
+_tasks = itertools.count(1)
+_pools = itertools.count(1)
+
+
+class _Submitter(Executor):
+    """What a pool and a view of it have in common: ``submit`` and ``map`` under some task options."""
+
+    _options: TaskOptions
+
+    def _pool(self) -> SafePoolExecutor:
+        raise NotImplementedError
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> SafeFuture:
+        """Schedule ``fn(*args, **kwargs)`` and return its future.
+
+        The call is pickled here and now, so it may be changed afterwards; an error of pickling arrives
+        through the future.  Raises ``TypeError`` if ``fn`` is not callable, ``BrokenProcessPool`` if the
+        pool is broken and ``RuntimeError`` if it is shut down.
+        """
+        return self._pool()._submit(self._options, fn, args, kwargs)
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[Any]:
+        """``fn`` over the items of ``iterables``, in their order, like the built-in ``map``.
+
+        ``timeout``: seconds from this call until the last result; ``chunksize``: items per task;
+        ``buffersize``: take no more than so many tasks' items in advance (None: all, now).
+        Raises ``TypeError`` or ``ValueError`` for wrong arguments; the iterator raises ``TimeoutError``,
+        and the first error of a task.  Leaving the iterator cancels what has not begun.
+        """
+        if not callable(fn):
+            raise TypeError(f"fn must be callable; got {fn!r}")
+        if isinstance(chunksize, bool) or not isinstance(chunksize, int):
+            raise TypeError(f"chunksize must be an integer; got {chunksize!r}")
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and (isinstance(buffersize, bool) or not isinstance(buffersize, int)):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        end = None if timeout is None else monotonic() + timeout
+        calls = zip(*iterables)
+        if chunksize == 1:
+            todo = (lambda call=call: self.submit(fn, *call) for call in calls)
+            return _in_order(todo, end, buffersize)
+        name = self._options.name or _name_of(fn)
+        chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
+        inner = self.options(name=name)
+        todo = (lambda chunk=chunk: inner.submit(run_chunk, fn, chunk) for chunk in chunks)
+        return itertools.chain.from_iterable(_in_order(todo, end, buffersize))
+
+    def options(self, **options: Any) -> PoolView:
+        """This pool, under other task options: ``timeout``, ``deadline``, ``retry``, ``name``.
+
+        ``pool.options(timeout=5).submit(fn, x)``; see ``TaskOptions``.  Raises ``TypeError`` or
+        ``ValueError`` for an option that is unknown or wrong.
+        """
+        return PoolView(self._pool(), self._options.but(**options))
+
+
+class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
+    """A process pool that cannot hang and in which one death costs one task.
+
+    The first four arguments, ``max_tasks_per_child`` and all methods are those of
+    ``concurrent.futures.ProcessPoolExecutor``, of which this is a subclass that uses none of its
+    machinery.  What is new:
+
+    * ``timeout``, ``deadline`` (seconds) and ``retry``: the defaults of every task, see ``TaskOptions``;
+    * ``on_worker_death``: ``"heal"`` replaces a dead worker and fails only what it ran; ``"break"`` breaks
+      the pool, as the standard library does;
+    * ``name``: for threads, processes and messages.
+
+    ``mp_context=None`` starts workers from a small server process, never by forking this one.
+    Raises ``TypeError`` or ``ValueError`` for wrong arguments; starts nothing before the first ``submit``.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: Any = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+        timeout: float | None = None,
+        deadline: float | None = None,
+        retry: Any = None,
+        on_worker_death: OnWorkerDeath = "heal",
+        name: str | None = None,
+    ) -> None:
+        process._check_system_limits()  # type: ignore[attr-defined]
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if not (name is None or isinstance(name, str)):
+            raise TypeError(f"name must be a str or None; got {name!r}")
+        workers = _how_many(max_workers)
+        _check_turnover(max_tasks_per_child, mp_context)
+        name = name or f"safepool-{next(_pools)}"
+        self._options = TaskOptions().but(timeout=timeout, deadline=deadline, retry=retry)
+        self._max_workers = workers
+        self._mp_context = mp_context if mp_context is not None else _nominal_context(max_tasks_per_child)
+        launcher = default_launcher(name) if mp_context is None else ContextLauncher(mp_context, name)
+        policy = PoolPolicy(
+            workers,
+            max_tasks_per_child,
+            on_worker_death,
+            start_all=launcher.method == "fork",
+            take_back="take_back" in _os.CAPABILITIES,
+        )
+        self._shutdown_thread = False
+        self._lock = threading.RLock()  # the garbage collector may run a finalizer that submits
+        self._watchdog = Watchdog(policy, launcher, Setup(initializer, tuple(initargs)), name)
+        # Dropped without shutdown: what was submitted is finished, then everything ends.
+        self._dropped = weakref.finalize(self, self._watchdog.shutdown, cancel=False)
+        self._dropped.atexit = False
+
+    def _pool(self) -> SafePoolExecutor:
+        return self
+
+    def _submit(
+        self, options: TaskOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> SafeFuture:
+        if not callable(fn):
+            raise TypeError(f"fn must be callable; got {fn!r}")
+        watchdog = self._watchdog
+        self._check_open()
+        future = SafeFuture(watchdog, next(_tasks), options.name or _name_of(fn))
+        try:
+            payload = _wire.dumps_call((fn, args, kwargs))
+        except (Exception, SystemExit) as error:
+            _fail_unsent(future, error)
+            return future
+        with self._lock:
+            self._check_open()
+            if watchdog.thread is None:
+                _at_exit_end(watchdog)
+            watchdog.submit(Call(future, payload, options, monotonic()))
+        return future
+
+    def _check_open(self) -> None:
+        watchdog = self._watchdog
+        if watchdog.is_fork():
+            raise RuntimeError("this pool belongs to the process that made it; make another one after a fork")
+        if (reason := self._broken) is not False:
+            raise PoolBroken(f"cannot schedule new futures: {reason}", reason=reason)
+        if self._shutdown_thread:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if _exiting:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks; finish what was submitted, or with ``cancel_futures`` only what runs.
+
+        ``wait``: return when all of it is done, every worker is gone and every callback has run.
+        May be called again, from any thread, and from a callback (which then does not wait).
+        """
+        with self._lock:
+            self._shutdown_thread = True
+        if self._watchdog.is_fork():
+            return
+        self._watchdog.shutdown(cancel=cancel_futures)
+        if wait:
+            self._watchdog.join()
+
+    def terminate_workers(self) -> None:
+        """Cancel everything and end every worker: SIGTERM, and SIGKILL for one that ignores it for 2 s."""
+        self._end_workers(hard=False)
+
+    def kill_workers(self) -> None:
+        """Cancel everything and end every worker by SIGKILL.  All futures are done when this returns."""
+        self._end_workers(hard=True)
+
+    def _end_workers(self, *, hard: bool) -> None:
+        self.shutdown(wait=False, cancel_futures=True)
+        if not self._watchdog.is_fork():
+            self._watchdog.end_workers(hard=hard)
+
+    def __repr__(self) -> str:
+        return f"<SafePoolExecutor {self._watchdog.name} {self._watchdog._core!r}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a process pool cannot be pickled; make one where it is needed")
+
+    # ----------------------------------------------- what code in the wild reads
+
+    @property
+    def _broken(self) -> str | bool:
+        return self._watchdog.broken or False
+
+    @property
+    def _processes(self) -> dict[int, Any]:
+        return self._watchdog.processes
+
+    @property
+    def _executor_manager_thread(self) -> threading.Thread | None:
+        return self._watchdog.thread
+
+
+class PoolView(_Submitter):
+    """A pool under other task options: itself an ``Executor``, on the same workers."""
+
+    def __init__(self, pool: SafePoolExecutor, options: TaskOptions) -> None:
+        self._of = pool
+        self._options = options
+
+    def _pool(self) -> SafePoolExecutor:
+        return self._of
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Shut down the pool itself."""
+        self._of.shutdown(wait, cancel_futures=cancel_futures)
+
+    def __repr__(self) -> str:
+        return f"<PoolView {self._options} of {self._of!r}>"
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def _how_many(max_workers: int | None) -> int:
+    if max_workers is None:
+        from loky import cpu_count
+
+        most = cpu_count()  # affinity and cgroup limits included
+        return min(most, MAX_WINDOWS_WORKERS) if sys.platform == "win32" else most
+    if isinstance(max_workers, bool) or not isinstance(max_workers, int):
+        raise TypeError(f"max_workers must be an integer; got {max_workers!r}")
+    if max_workers <= 0:
+        raise ValueError("max_workers must be greater than 0")
+    if sys.platform == "win32" and max_workers > MAX_WINDOWS_WORKERS:
+        raise ValueError(f"max_workers must be <= {MAX_WINDOWS_WORKERS}")
+    return max_workers
+
+
+def _check_turnover(max_tasks_per_child: int | None, mp_context: Any) -> None:
+    if max_tasks_per_child is None:
+        return
+    if isinstance(max_tasks_per_child, bool) or not isinstance(max_tasks_per_child, int):
+        raise TypeError("max_tasks_per_child must be an integer")
+    if max_tasks_per_child <= 0:
+        raise ValueError("max_tasks_per_child must be >= 1")
+    if mp_context is not None and mp_context.get_start_method(allow_none=False) == "fork":
+        raise ValueError(
+            "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method; "
+            "supply a different mp_context."
+        )
+
+
+def _nominal_context(max_tasks_per_child: int | None) -> Any:
+    """What ``_mp_context`` shows when none was given: the stdlib's word for "not a fork of this process"."""
+    wanted = "spawn" if max_tasks_per_child is not None else "forkserver"
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context(wanted if wanted in methods else "spawn")
+
+
+def _name_of(fn: Any) -> str:
+    return getattr(fn, "__qualname__", None) or type(fn).__qualname__
+
+
+def _fail_unsent(future: SafeFuture, error: BaseException) -> None:
+    if error.__cause__ is None:
+        import traceback
+
+        error.__cause__ = process._RemoteTraceback(  # type: ignore[attr-defined]
+            '\n"""\n' + "".join(traceback.format_exception(error)) + '"""'
+        )
+    future.failed(error)
+
+
+# ------------------------------------------------------------------------ map
+
+
+def _in_order(
+    todo: Iterator[Callable[[], Future[Any]]], end: float | None, buffersize: int | None
+) -> Iterator[Any]:
+    """Begin at the call, not at the first ``next``."""
+    waiting = deque(start() for start in itertools.islice(todo, buffersize))
+    return _results(waiting, todo, end)
+
+
+def _results(
+    waiting: deque[Future[Any]], todo: Iterator[Callable[[], Future[Any]]], end: float | None
+) -> Iterator[Any]:
+    try:
+        while waiting:
+            # Nothing here holds a result, or its future, while the user works with it.
+            result = [_next_result(waiting, end)]
+            for start in itertools.islice(todo, 1):
+                waiting.append(start())
+            yield result.pop()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _next_result(waiting: deque[Future[Any]], end: float | None) -> Any:
+    future = waiting.popleft()
+    try:
+        return future.result(None if end is None else end - monotonic())
+    finally:
+        future.cancel()
+        del future
+
+
+# ----------------------------------------------------- the end of the interpreter
+
+_exiting = False
+_registered = False
+_live: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+EXIT_AFTER_ERROR_S = 2.0  # for running tasks, when the program ends because of an exception
+EXIT_KILL_S = 5.0  # for killed workers to be gone
+
+
+def _at_exit_end(watchdog: Watchdog) -> None:
+    """Have this pool ended before the interpreter stops its threads.  Raises ``RuntimeError`` if it is too late."""
+    global _registered
+    if not _registered:
+        try:
+            # Plain atexit runs after the threads were joined, which is too late to finish work.
+            threading._register_atexit(_end_all)  # type: ignore[attr-defined]
+        except RuntimeError:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown") from None
+        _registered = True
+    _live.add(watchdog)
+
+
+def _end_all() -> None:
+    """Submitted work is run to its end; but after an exception, or Ctrl-C, stuck tasks do not hold the exit."""
+    global _exiting
+    _exiting = True
+    failed = getattr(sys, "last_exc", None) is not None or getattr(sys, "last_value", None) is not None
+    mine = [watchdog for watchdog in tuple(_live) if not watchdog.is_fork()]
+    try:
+        for watchdog in mine:
+            watchdog.shutdown(cancel=failed)
+        end = monotonic() + EXIT_AFTER_ERROR_S
+        for watchdog in mine:
+            watchdog.join(max(0.0, end - monotonic()) if failed else None)
+    finally:
+        for watchdog in mine:
+            if not watchdog.is_closed():
+                watchdog.end_workers(hard=True)
+                watchdog.join(EXIT_KILL_S)

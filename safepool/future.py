@@ -1,0 +1,231 @@
+"""A ``concurrent.futures.Future`` whose answer is unpickled by whoever asks for it.
+
+So an answer that cannot be unpickled, or takes for ever to, is the trouble of that caller alone, and
+never of the watchdog.  Waiting here looks after the watchdog once a second: no future can wait
+for a pool that is gone.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from concurrent.futures._base import (
+    CANCELLED,
+    CANCELLED_AND_NOTIFIED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+)
+from concurrent.futures.process import _RemoteTraceback
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from . import _wire
+from ._link import Answer
+from .errors import Attempt, ResultUnreadable, Unfinished, with_attempts
+
+if TYPE_CHECKING:
+    from ._watchdog import Watchdog
+
+LOOK_AFTER_S = 1.0
+_DONE = (CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED)
+
+
+class SafeFuture(Future[Any]):
+    """What ``submit`` returns.
+
+    Beyond ``concurrent.futures.Future``: ``kill()``, ``attempts`` (the failed ones so far, a tuple of
+    ``Attempt``), ``worker_pid`` (of the worker that runs or last ran it, or None) and ``name``.
+    """
+
+    def __init__(self, home: Watchdog, task: int, name: str) -> None:
+        super().__init__()
+        self._home = home
+        self._task = task
+        self.name = name
+        self.worker_pid: int | None = None
+        self._sent = False  # at a worker: only the watchdog can tell whether it has begun
+        self._answer: Answer | None = None  # to be unpickled
+        self._history: list[Attempt] = []
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        return tuple(self._history)
+
+    def __str__(self) -> str:
+        return f"task {self._task} ({self.name})"
+
+    def __repr__(self) -> str:
+        with self._condition:
+            return f"<SafeFuture {self} {self.state()} pid={self.worker_pid} attempts={len(self._history)}>"
+
+    def state(self) -> str:
+        """In a word: ``pending``, ``running``, ``cancelled``, ``returned`` or ``raised``."""
+        if self._state != FINISHED:
+            return self._state.partition("_")[0].lower()
+        raised = self._exception is not None or (self._answer is not None and not self._answer.ok)
+        return "raised" if raised else "returned"
+
+    # ------------------------------------------------------------- asking
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The value of the task, or its exception raised; ``timeout`` in seconds.
+
+        Raises ``TimeoutError`` (``Unfinished``) if it is not done by then, ``CancelledError`` if it was cancelled.
+        """
+        try:
+            self._await(timeout)
+            return super().result(0)
+        finally:
+            self = None  # type: ignore[assignment]  # no cycle through the traceback of what was raised
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The exception of the task or None; ``timeout`` in seconds, errors as for ``result``."""
+        self._await(timeout)
+        return super().exception(0)
+
+    def _get_snapshot(self) -> tuple[bool, bool, Any, BaseException | None]:
+        # asyncio of 3.14 reads results here.
+        if self.done():
+            self._load()
+        return super()._get_snapshot()  # type: ignore[misc,no-any-return]
+
+    def _await(self, timeout: float | None) -> None:
+        end = None if timeout is None else monotonic() + timeout
+        while not self._wait_once(end):
+            if end is not None and monotonic() >= end:
+                raise Unfinished(
+                    f"{self} is not done after {timeout:g} s: it is {self._home.state_of(self._task)}",
+                    unfinished=[self],
+                    seconds=timeout,
+                )
+            self._home.check()
+        self._load()
+
+    def _wait_once(self, end: float | None) -> bool:
+        with self._condition:
+            if self._state in _DONE:
+                return True
+            slice_s = LOOK_AFTER_S if end is None else min(LOOK_AFTER_S, end - monotonic())
+            if slice_s > 0:
+                self._condition.wait(slice_s)
+            return self._state in _DONE
+
+    def _load(self) -> None:
+        answer = self._answer
+        if answer is None:
+            return
+        value, error = self._unpickle(answer)
+        with self._condition:
+            if self._answer is not None:  # else another thread was faster, and its object is the one
+                self._answer, self._result, self._exception = None, value, error
+
+    def _unpickle(self, answer: Answer) -> tuple[Any, BaseException | None]:
+        text = answer.text.decode(errors="replace")
+        try:
+            value = _wire.loads(answer.body)
+        except (Exception, SystemExit) as error:
+            what = "result" if answer.ok else "exception"
+            lost: BaseException = ResultUnreadable(
+                f"the {what} of {self} came from worker {self.worker_pid} but could not be unpickled here: "
+                f"{type(error).__name__}: {error}",
+                task=str(self),
+                pid=self.worker_pid,
+            )
+            lost.__cause__ = _RemoteTraceback(text) if text else error
+            return None, lost
+        if answer.ok:
+            return value, None
+        if not isinstance(value, BaseException):  # whatever a __reduce__ of the user's made of it
+            value = ResultUnreadable(f"the exception of {self} came back as {value!r}", task=str(self))
+        value.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
+        return None, with_attempts(value, self._history) if self._history else value
+
+    # ---------------------------------------------------------- stopping
+
+    def cancel(self) -> bool:
+        """Cancel the task unless it has begun; True: it is cancelled and will not run.
+
+        A task that was sent to a worker is taken back if the worker has not begun it.
+        """
+        with self._condition:
+            if self._state in (CANCELLED, CANCELLED_AND_NOTIFIED):
+                return True
+            if self._state != PENDING:
+                return False
+            if not self._sent:
+                self._end(CANCELLED_AND_NOTIFIED)
+        if self._sent:
+            self._home.cancel(self._task, wait=True)
+            return self.cancelled()
+        self._home.cancel(self._task)
+        super()._invoke_callbacks()  # type: ignore[misc]
+        return True
+
+    def kill(self) -> bool:
+        """Cancel the task even if it is running: its worker is killed and replaced.
+
+        Returns at once; False: it was done already.  The future ends as cancelled, within moments.
+        """
+        if self.done():
+            return False
+        self._home.cancel(self._task, kill=True)
+        return True
+
+    # ---------------------------------------- the watchdog's side of it
+
+    def claim(self) -> bool:
+        """About to be sent.  False: it was cancelled first."""
+        with self._condition:
+            if self._state != PENDING:
+                return False
+            self._sent = True
+            return True
+
+    def begin(self, pid: int | None) -> None:
+        with self._condition:
+            self.worker_pid = pid
+            if self._state == PENDING:
+                self._state = RUNNING
+
+    def requeue(self) -> None:
+        with self._condition:
+            if self._state not in _DONE:
+                self._state = PENDING
+                self._sent = False
+
+    def answered(self, answer: Answer) -> None:
+        with self._condition:
+            if self._state not in _DONE:
+                self.worker_pid = answer.pid
+                self._answer = answer
+                self._end(FINISHED, failed=not answer.ok)
+        self._invoke_callbacks()
+
+    def failed(self, error: BaseException) -> None:
+        with self._condition:
+            if self._state not in _DONE:
+                self._exception = error
+                self._end(FINISHED, failed=True)
+        self._invoke_callbacks()
+
+    def cancelled_by_pool(self) -> None:
+        with self._condition:
+            if self._state not in _DONE:
+                self._end(CANCELLED_AND_NOTIFIED)
+        self._invoke_callbacks()
+
+    def _end(self, state: str, failed: bool = False) -> None:
+        """Under the condition: the one place where a future of ours becomes done."""
+        self._state = state
+        for waiter in self._waiters:
+            if state != FINISHED:
+                waiter.add_cancelled(self)
+            elif failed:
+                waiter.add_exception(self)
+            else:
+                waiter.add_result(self)
+        self._condition.notify_all()
+
+    def _invoke_callbacks(self) -> None:
+        if self._done_callbacks:
+            self._home.deliver(super()._invoke_callbacks)  # type: ignore[misc]

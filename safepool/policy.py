@@ -1,0 +1,138 @@
+"""What a user may ask for: frozen, validated once, before anything starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import tenacity
+    from tenacity.wait import wait_base
+
+Cause = Literal["error", "timeout", "death"]
+CAUSES: tuple[Cause, ...] = ("error", "timeout", "death")
+OnWorkerDeath = Literal["heal", "break"]
+MAX_WINDOWS_WORKERS = 61
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """When a failed task is worth another attempt.
+
+    * ``attempts``: how often a task may run in all, the first time included.
+    * ``on``: which causes count: ``"error"`` (the task raised), ``"timeout"``, ``"death"`` (its worker died).
+    * ``errors``: exception classes, or a function of the exception, that make an ``"error"`` worth it.
+    * ``deaths``: how many workers one task may take down; then it fails as ``PoisonTask``.
+    * ``wait``: seconds between attempts, or a tenacity ``wait_*`` object.
+
+    Raises ``TypeError`` or ``ValueError`` when it is made with something else.
+    """
+
+    attempts: int = 3
+    on: tuple[Cause, ...] = CAUSES
+    errors: type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool] = Exception
+    deaths: int = 3
+    wait: float | wait_base = 0.0
+
+    def __post_init__(self) -> None:
+        whole(self.attempts, "attempts", least=1)
+        whole(self.deaths, "deaths", least=1)
+        if isinstance(self.on, str) or not set(self.on) <= set(CAUSES):
+            raise ValueError(f"on must be a tuple of {', '.join(map(repr, CAUSES))}; got {self.on!r}")
+        if not callable(self.errors) and not (
+            isinstance(self.errors, tuple) and all(isinstance(e, type) for e in self.errors)
+        ):
+            raise TypeError(f"errors must be exception classes or a function of the exception; got {self.errors!r}")
+        if not callable(self.wait):
+            seconds(self.wait, "wait", zero=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """What one task may ask for.  Seconds are monotonic; ``None`` is "no limit".
+
+    ``timeout`` bounds one attempt, from the moment its worker acknowledged the start; ``deadline``
+    bounds everything from ``submit`` to the answer, all attempts and the queue included.
+    """
+
+    timeout: float | None = None
+    deadline: float | None = None
+    retry: Retry | tenacity.Retrying | None = None
+    name: str | None = None
+
+    def but(self, **changes: Any) -> TaskOptions:
+        """The same options with some changed; every value is validated here.
+
+        Raises ``TypeError`` for an unknown option or a value of the wrong type, ``ValueError`` for a
+        value out of range.
+        """
+        for key, value in changes.items():
+            if key not in TaskOptions.__dataclass_fields__:
+                known = ", ".join(TaskOptions.__dataclass_fields__)
+                raise TypeError(f"unknown option {key!r}; a task may have: {known}")
+            if key in ("timeout", "deadline") and value is not None:
+                changes[key] = seconds(value, key)
+            elif key == "retry":
+                changes[key] = as_retry(value)
+            elif key == "name" and not (value is None or isinstance(value, str)):
+                raise TypeError(f"name must be a str or None; got {value!r}")
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPolicy:
+    """What the core needs to know about the pool.  ``take_back``: unbegun tasks can be taken back."""
+
+    max_workers: int
+    max_tasks_per_child: int | None = None
+    on_worker_death: OnWorkerDeath = "heal"
+    start_all: bool = False
+    take_back: bool = True
+
+    def __post_init__(self) -> None:
+        whole(self.max_workers, "max_workers", least=1)
+        if self.max_tasks_per_child is not None:
+            whole(self.max_tasks_per_child, "max_tasks_per_child", least=1)
+        if self.on_worker_death not in ("heal", "break"):
+            raise ValueError(f'on_worker_death must be "heal" or "break"; got {self.on_worker_death!r}')
+
+
+def as_retry(value: Any) -> Retry | tenacity.Retrying | None:
+    """``None``, a number of further attempts, a ``Retry`` or a tenacity ``Retrying``, as a policy."""
+    if value is None or isinstance(value, Retry):
+        return value
+    if isinstance(value, bool):
+        raise TypeError(f"retry must be a number of further attempts, a Retry or a tenacity.Retrying; got {value!r}")
+    if isinstance(value, int):
+        return Retry(attempts=1 + whole(value, "retry", least=0)) if value else None
+    import tenacity
+
+    if isinstance(value, tenacity.AsyncRetrying) or not isinstance(value, tenacity.Retrying):
+        raise TypeError(f"retry must be a number of further attempts, a Retry or a tenacity.Retrying; got {value!r}")
+    return value
+
+
+def seconds(value: Any, name: str, *, zero: bool = False) -> float | None:
+    """A length of time in seconds; infinity is "no limit".  Raises ``TypeError`` or ``ValueError``."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a number of seconds; got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number of seconds; got {value!r}") from None
+    if isinstance(value, str) or math.isnan(number):
+        raise TypeError(f"{name} must be a number of seconds; got {value!r}")
+    if number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{name} must be greater than 0; got {value!r}")
+    return None if math.isinf(number) else number
+
+
+def whole(value: Any, name: str, *, least: int) -> int:
+    """A whole number of at least ``least``.  Raises ``TypeError`` or ``ValueError``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}; got {value!r}")
+    return value
