@@ -96,8 +96,7 @@ class Link:
             self._number += 1
             self._sent[self._number] = task
             tickets.append(_wire.ticket(self._number))
-            frame = Frame(_wire.CALL, self._number, body=payload)
-            self._out.append((self._number, memoryview(_wire.encode(frame))))
+            self._out.append((self._number, memoryview(_wire.encode_call(self._number, payload))))
         if self._undrawn is not None:
             self._tickets.sendall(b"".join(tickets))  # 8 bytes each and few: they always fit
 

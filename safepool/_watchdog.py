@@ -576,7 +576,7 @@ def _judge(call: Call, kind: str, attempt: int, pid: int | None, ended: float) -
     verdict = call.judge.after_result(value, ended) if error is None else call.judge.after_error(error, kind, ended)
     if error is None and verdict.delay_s is None and verdict.error is None:
         return None  # the result is accepted
-    future._history.append(Attempt(attempt, kind, pid, error))
+    future.attempts += (Attempt(attempt, kind, pid, error),)
     if verdict.error is not None:
         call.error = with_attempts(verdict.error, future.attempts)
     delay: float | None = verdict.delay_s

@@ -7,12 +7,14 @@ nothing but itself.
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 import socket
 import struct
 from collections import ChainMap
 from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 # To the worker: a call to run; the request to exit; what every worker is set up with.
@@ -49,6 +51,10 @@ def encode(frame: Frame) -> bytes:
     return _HEADER.pack(kind, number, begins, run_s, len(text), len(body)) + text + body
 
 
+def encode_call(number: int, payload: bytes) -> bytes:
+    return _HEADER.pack(CALL, number, 0, 0.0, 0, len(payload)) + payload
+
+
 class FrameReader:
     """Bytes in, frames out."""
 
@@ -65,6 +71,7 @@ class FrameReader:
     def __iter__(self) -> Iterator[Frame]:
         """The whole frames that have come; a partial one stays.  Raises ``ProtocolError``."""
         buffer, at = self._buffer, 0
+        new = tuple.__new__  # twice as fast as Frame(), on the hottest path there is
         try:
             while len(buffer) - at >= _HEADER.size:
                 kind, number, begins, run_s, text_len, body_len = _HEADER.unpack_from(buffer, at)
@@ -75,10 +82,13 @@ class FrameReader:
                 end = body_at + body_len
                 if len(buffer) < end:
                     return
-                with memoryview(buffer) as view:
-                    text, body = bytes(view[text_at:body_at]), bytes(view[body_at:end])
+                if end - at < READ_BYTES:
+                    text, body = bytes(buffer[text_at:body_at]), bytes(buffer[body_at:end])
+                else:
+                    with memoryview(buffer) as view:  # one copy less
+                        text, body = bytes(view[text_at:body_at]), bytes(view[body_at:end])
                 at = end
-                yield Frame(kind, number, begins, run_s, text, body)
+                yield new(Frame, (kind, number, begins, run_s, text, body))
         finally:
             del buffer[:at]
 
@@ -98,14 +108,16 @@ def tickets(data: bytes) -> list[int]:
 class _Pickler(pickle.Pickler):
     """The C pickler with multiprocessing's own reducers (connections, sockets, bound methods)."""
 
-    dispatch_table: ChainMap[type, Any] = ChainMap()
+    dispatch_table: dict[type, Any] = {}
+    made_of: tuple[int, int] = (0, 0)
 
 
-def _reducers() -> None:
-    import copyreg
-    from multiprocessing.reduction import ForkingPickler
-
-    _Pickler.dispatch_table = ChainMap(ForkingPickler._extra_reducers, copyreg.dispatch_table)  # type: ignore[attr-defined]
+def _refresh_reducers() -> None:
+    """A plain dict of both tables, made anew when one has grown: a ``ChainMap`` doubles the cost of a call."""
+    ours, more = ForkingPickler._extra_reducers, copyreg.dispatch_table  # type: ignore[attr-defined]
+    if _Pickler.made_of != (len(ours), len(more)):
+        _Pickler.dispatch_table = {**more, **ours}
+        _Pickler.made_of = (len(ours), len(more))
 
 
 def dumps_call(call: tuple[Any, ...]) -> bytes:
@@ -135,8 +147,7 @@ def loads(body: bytes) -> Any:
 
 
 def _dumps(value: Any) -> bytes:
-    if not _Pickler.dispatch_table:
-        _reducers()
+    _refresh_reducers()
     file = io.BytesIO()
     _Pickler(file, PROTOCOL).dump(value)
     return file.getvalue()
@@ -144,7 +155,6 @@ def _dumps(value: Any) -> bytes:
 
 def _dumps_by_value(value: Any) -> bytes:
     import cloudpickle  # loky's own pickler, installed with it
-    from multiprocessing.reduction import ForkingPickler
 
     file = io.BytesIO()
     pickler = cloudpickle.Pickler(file, PROTOCOL)

@@ -7,6 +7,9 @@ for a pool that is gone.
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures._base import (
     CANCELLED,
@@ -30,6 +33,15 @@ LOOK_AFTER_S = 1.0
 _DONE = (CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED)
 
 
+# One lock for the state of all our futures, and a Condition only for a future that somebody waits
+# for: a Condition each is most of what a future costs, in time and for the garbage collector.  The
+# lock is held for a few assignments, never while waiting or calling anybody.
+_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # Scenario: one thread holds the lock, another one forks; the child would wait for ever.
+    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
+
+
 class SafeFuture(Future[Any]):
     """What ``submit`` returns.
 
@@ -38,25 +50,33 @@ class SafeFuture(Future[Any]):
     """
 
     def __init__(self, home: Watchdog, task: int, name: str) -> None:
-        super().__init__()
+        # What Future.__init__ sets, but for the Condition.
+        self._state = PENDING
+        self._result = self._exception = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Callable[[Future[Any]], object]] = []
+        self._own_condition: threading.Condition | None = None
         self._home = home
         self._task = task
         self.name = name
         self.worker_pid: int | None = None
         self._sent = False  # at a worker: only the watchdog can tell whether it has begun
         self._answer: Answer | None = None  # to be unpickled
-        self._history: list[Attempt] = []
+        self.attempts: tuple[Attempt, ...] = ()
 
     @property
-    def attempts(self) -> tuple[Attempt, ...]:
-        return tuple(self._history)
+    def _condition(self) -> threading.Condition:  # type: ignore[override]
+        if self._own_condition is None:
+            with _lock:
+                if self._own_condition is None:
+                    self._own_condition = threading.Condition(_lock)
+        return self._own_condition
 
     def __str__(self) -> str:
         return f"task {self._task} ({self.name})"
 
     def __repr__(self) -> str:
-        with self._condition:
-            return f"<SafeFuture {self} {self.state()} pid={self.worker_pid} attempts={len(self._history)}>"
+        return f"<SafeFuture {self} {self.state()} pid={self.worker_pid} attempts={len(self.attempts)}>"
 
     def state(self) -> str:
         """In a word: ``pending``, ``running``, ``cancelled``, ``returned`` or ``raised``."""
@@ -102,6 +122,8 @@ class SafeFuture(Future[Any]):
         self._load()
 
     def _wait_once(self, end: float | None) -> bool:
+        if self._state in _DONE:
+            return True
         with self._condition:
             if self._state in _DONE:
                 return True
@@ -115,7 +137,7 @@ class SafeFuture(Future[Any]):
         if answer is None:
             return
         value, error = self._unpickle(answer)
-        with self._condition:
+        with _lock:
             if self._answer is not None:  # else another thread was faster, and its object is the one
                 self._answer, self._result, self._exception = None, value, error
 
@@ -138,7 +160,7 @@ class SafeFuture(Future[Any]):
         if not isinstance(value, BaseException):  # whatever a __reduce__ of the user's made of it
             value = ResultUnreadable(f"the exception of {self} came back as {value!r}", task=str(self))
         value.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
-        return None, with_attempts(value, self._history) if self._history else value
+        return None, with_attempts(value, self.attempts) if self.attempts else value
 
     # ---------------------------------------------------------- stopping
 
@@ -147,7 +169,7 @@ class SafeFuture(Future[Any]):
 
         A task that was sent to a worker is taken back if the worker has not begun it.
         """
-        with self._condition:
+        with _lock:
             if self._state in (CANCELLED, CANCELLED_AND_NOTIFIED):
                 return True
             if self._state != PENDING:
@@ -175,26 +197,26 @@ class SafeFuture(Future[Any]):
 
     def claim(self) -> bool:
         """About to be sent.  False: it was cancelled first."""
-        with self._condition:
+        with _lock:
             if self._state != PENDING:
                 return False
             self._sent = True
             return True
 
     def begin(self, pid: int | None) -> None:
-        with self._condition:
+        with _lock:
             self.worker_pid = pid
             if self._state == PENDING:
                 self._state = RUNNING
 
     def requeue(self) -> None:
-        with self._condition:
+        with _lock:
             if self._state not in _DONE:
                 self._state = PENDING
                 self._sent = False
 
     def answered(self, answer: Answer) -> None:
-        with self._condition:
+        with _lock:
             if self._state not in _DONE:
                 self.worker_pid = answer.pid
                 self._answer = answer
@@ -202,14 +224,14 @@ class SafeFuture(Future[Any]):
         self._invoke_callbacks()
 
     def failed(self, error: BaseException) -> None:
-        with self._condition:
+        with _lock:
             if self._state not in _DONE:
                 self._exception = error
                 self._end(FINISHED, failed=True)
         self._invoke_callbacks()
 
     def cancelled_by_pool(self) -> None:
-        with self._condition:
+        with _lock:
             if self._state not in _DONE:
                 self._end(CANCELLED_AND_NOTIFIED)
         self._invoke_callbacks()
@@ -224,7 +246,8 @@ class SafeFuture(Future[Any]):
                 waiter.add_exception(self)
             else:
                 waiter.add_result(self)
-        self._condition.notify_all()
+        if self._own_condition is not None:
+            self._own_condition.notify_all()
 
     def _invoke_callbacks(self) -> None:
         if self._done_callbacks:

@@ -177,7 +177,7 @@ class _Watch:
         """What changes when something moves."""
         if self._stall_s is None:
             return None
-        states = [(id(future), future._state, len(getattr(future, "_history", ()))) for future in self.pending]
+        states = [(id(future), future._state, len(getattr(future, "attempts", ()))) for future in self.pending]
         return sorted(states), [home.progress for home in self._homes.values()]
 
     def unfinished(self, timeout: float | None) -> Unfinished:
