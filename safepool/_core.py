@@ -33,7 +33,8 @@ STARVED_S = 0.8  # a waiting task without a live or starting worker; under the p
 TERM_GRACE_S = 2.0  # from SIGTERM to SIGKILL
 KILL_AGAIN_S = (1.0, 4.0)  # SIGKILL is repeated once, then the worker is given up (D state)
 ANSWER_LIMIT_S = 10.0  # for a retry policy to think
-RESPAWN_DELAYS_S = (0.0, 0.05, 0.1, 0.2, 0.4)  # after failed starts in a row
+RESPAWN_DELAYS_S = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 5.0)  # after failed starts, or idle deaths, in a row
+HURRIED_S = 0.4  # the longest of them while nobody else is there to work
 START_FAILURES = 4  # in a row, beyond one per seat: then the pool is broken
 UNBEGUN_DEATHS = 3  # workers that died with the same task next in line: then it is the task
 AHEAD_S = 0.020  # work kept at a worker, so that it never waits for us
@@ -102,7 +103,9 @@ class Core:
         self._prune_at = 64
         self._worker_number = 0
         self._failed_starts = 0
+        self._idle_deaths = 0  # in a row, without a finished task between them
         self._spawn_from = 0.0
+        self._manned = 0  # seats that were in use at some time; a dead worker's is filled again
         self._starved = False
         self._balancing = False
         self._mean_s: float | None = None
@@ -159,13 +162,13 @@ class Core:
     def _on_submitted(self, event: e.TasksSubmitted) -> None:
         for new in event.tasks:
             task = self._tasks[new.task] = _Task(new)
+            self._queued += 1
             if self._state is P.BROKEN or self._state is P.CLOSED:
                 self._settle(task, Failure("broken", reason="the pool was already broken or closed"))
             elif self._state is P.CANCELLING:
                 self._settle(task, Failure("cancelled"))
             else:
                 self._queue.append(task)
-                self._queued += 1
                 if new.deadline is not None:
                     self._at(new.deadline, self._is_live, self._deadline_reached, new.task)
 
@@ -209,7 +212,7 @@ class Core:
         for task in tuple(worker.sent):
             if task.wish is not None and not task.wish_kills:
                 task.wish = None  # it has begun: too late to cancel
-            elif task.wish is not None and len(worker.sent) == 1 and worker.state is W.BUSY:
+            elif task.wish is not None and len(worker.sent) == 1:
                 self._doom(task, worker)
             # else: its answer is on the way, or it is about to begin; ``_task_began`` pursues it then
 
@@ -291,7 +294,7 @@ class Core:
         if done:
             self._out.append(e.Resolve(tuple(done)))
         if event.finished:
-            self._failed_starts = 0
+            self._failed_starts = self._idle_deaths = 0
             # Quick to believe that tasks are long, slow to believe that they are short.
             mean = self._mean_s
             self._mean_s = event.run_s if mean is None else max(event.run_s, 0.8 * mean + 0.2 * event.run_s)
@@ -321,9 +324,9 @@ class Core:
         self._failed_starts = 0
         self._move_task(task, T.RUNNING)
         self._out.append(e.Began(number, worker.number))
-        if task.wish is not None and task.wish_kills and worker.state is W.BUSY:
+        if task.wish is not None and task.wish_kills:
             self._pursue(task)
-        elif task.new.timeout is not None and worker.state is W.BUSY:
+        elif task.new.timeout is not None:
             self._at(self._now + task.new.timeout, self._is_attempt, self._limit_reached, number, task.attempt)
 
     def _is_attempt(self, number: int, attempt: int) -> bool:
@@ -339,7 +342,8 @@ class Core:
         assert task.wish is not None
         self._move_task(task, T.DOOMED)
         task.failure, task.wish = task.wish._replace(worker=worker.number), None
-        self._kill(worker)
+        if worker.state is not W.KILLING:
+            self._kill(worker)
 
     def _attempt_failed(self, task: _Task, failure: Failure) -> None:
         """Retry, as far as the policy of the task and the state of the pool allow; or settle."""
@@ -427,15 +431,21 @@ class Core:
             self._start_failed(event.reason)
 
     def _start_failed(self, reason: str) -> None:
-        """OTP's restart intensity: too many failed starts in a row, with nobody left to work, break the pool."""
+        """OTP's restart intensity: too many failed starts in a row, and nobody who ever got ready, break the pool."""
         self._failed_starts += 1
         limit = self._policy.max_workers + START_FAILURES
-        if self._failed_starts >= limit and self._fit == 0:
+        if self._failed_starts >= limit and self._fit == self._starting:
             self._break(f"{self._failed_starts} workers in a row failed to start; the last: {reason}")
             return
-        delay = RESPAWN_DELAYS_S[min(self._failed_starts, len(RESPAWN_DELAYS_S) - 1)]
-        self._spawn_from = self._now + delay
-        self._at(self._spawn_from, _always, _nothing)
+        self._delay_spawn(self._failed_starts)
+
+    def _delay_spawn(self, row: int) -> None:
+        self._spawn_at(self._now + RESPAWN_DELAYS_S[min(row, len(RESPAWN_DELAYS_S) - 1)])
+
+    def _spawn_at(self, when: float) -> None:
+        self._spawn_from = when
+        if when > self._now:
+            self._at(when, _always, _nothing)
 
     def _on_channel_lost(self, event: e.ChannelLost) -> None:
         worker = self._workers.get(event.worker)
@@ -449,7 +459,7 @@ class Core:
         # A worker sends the answer of one task before it runs the next: whatever it had drawn
         # tickets for, only the first without an answer can have run.
         first = worker.sent[0] if worker.sent else None
-        begun = first is not None and first.new.task not in event.unbegun
+        begun = first is not None and (first.state is T.DOOMED or first.new.task not in event.unbegun)
         self._requeue(worker, [task.new.task for task in worker.sent if not begun or task is not first])
         worker.sent.clear()
         self._bury(worker)
@@ -466,6 +476,9 @@ class Core:
             self._break("a worker died, and on_worker_death is 'break'", Failure("death", worker.number, event.exitcode))
         elif not worker.ready:
             self._start_failed(f"worker {worker.number} died before it was ready, exit code {event.exitcode}")
+        elif first is None:
+            self._idle_deaths += 1
+            self._delay_spawn(self._idle_deaths - 1)
 
     def _blame_unbegun(self, task: _Task, event: e.WorkerDied) -> None:
         # Scenario 4: a call is so big that every worker is killed for its memory while it still reads it.
@@ -515,7 +528,6 @@ class Core:
             return
         # A process in uninterruptible sleep ignores even SIGKILL.  Its task must not wait for it.
         self._out.append(e.Abandon(number))
-        self._on_died(e.WorkerDied(self._now, number, None, ()))
 
     def _boot_overdue(self, number: int) -> None:
         self._kill(self._workers[number], ours=False)
@@ -548,7 +560,7 @@ class Core:
             # What was sent may have begun: it ends as one whose worker was ended.
             for task in tuple(worker.sent):
                 self._settle(task, Failure("terminated", worker.number))
-            worker.sent.clear()
+            self._empty(worker)
             if worker.state is not W.KILLING or event.hard:
                 self._kill(worker, hard=event.hard)
 
@@ -562,9 +574,15 @@ class Core:
         for task in tuple(self._tasks.values()):
             self._settle(task, failure)
         for worker in self._workers.values():
-            worker.sent.clear()
+            self._empty(worker)
             if worker.state is not W.KILLING:
                 self._kill(worker)
+
+    def _empty(self, worker: _Worker) -> None:
+        """Its tasks are settled: those it has not begun must not begin between now and its death."""
+        if len(worker.sent) > worker.begun:
+            self._out.append(e.TakeBack(worker.number))
+        worker.sent.clear()
 
     def _wind_up(self) -> None:
         """No task is left and none may come: send the workers home, then close."""
@@ -575,6 +593,7 @@ class Core:
                 self._kill(worker)
         if not self._workers and self._state is not P.CLOSED:
             self._move_pool(P.CLOSED)
+            self._timers.clear()
             self._out.append(e.Close())
 
     def _on_tick(self, event: e.Ticked) -> None:
@@ -595,7 +614,8 @@ class Core:
             return
         while self._idle and self._queued:
             worker = self._idle[next(reversed(self._idle))]
-            self._send(worker, self._share())
+            if not self._send(worker, self._share()):
+                break
         if self._queued and self._mean_s is not None and self._policy.take_back:
             share = self._share()
             if share <= 1:
@@ -619,7 +639,7 @@ class Core:
     def _is_slow(self, worker: _Worker) -> bool:
         return worker.begun and self._now - worker.begun_at >= AHEAD_S
 
-    def _send(self, worker: _Worker, most: int) -> None:
+    def _send(self, worker: _Worker, most: int) -> bool:
         if worker.left is not None:
             most = min(most, worker.left)
         batch: list[int] = []
@@ -644,17 +664,23 @@ class Core:
             if worker.state is W.IDLE:
                 self._move_worker(worker, W.BUSY)
             self._out.append(e.Send(worker.number, tuple(batch)))
+        return bool(batch)
 
     def _man_the_seats(self) -> None:
-        """Promise 1: a task that waits has a worker that lives or starts."""
-        if not self._queued:
-            return
-        seats = self._policy.max_workers - len(self._workers)
-        if seats > 0 and self._now >= self._spawn_from:
-            wanted = seats if self._policy.start_all else self._queued - self._starting
-            for _ in range(min(seats, wanted)):
+        """Promise 1: a task that waits has a worker that lives or starts.  And a seat once manned stays so."""
+        most = self._policy.max_workers
+        wanted = 0
+        if self._queued:
+            wanted = min(most, most if self._policy.start_all else len(self._workers) + self._queued - self._starting)
+            self._manned = max(self._manned, wanted)
+        if self._state is P.OPEN:
+            wanted = self._manned
+        if self._queued and self._fit == self._starting and self._spawn_from > self._now + HURRIED_S:
+            self._spawn_at(self._now + HURRIED_S)
+        if self._now >= self._spawn_from:
+            for _ in range(wanted - len(self._workers)):
                 self._spawn()
-        if self._fit == 0 and not self._starved and self._workers:
+        if self._queued and self._fit == 0 and not self._starved and self._workers:
             # Every seat is held by a worker that retires or is being killed.
             self._starved = True
             self._at(self._now + STARVED_S, _always, self._starved_too_long)

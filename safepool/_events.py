@@ -209,7 +209,7 @@ class Kill(NamedTuple):
 
 
 class Abandon(NamedTuple):
-    """This worker does not die; forget it, its seat is given away."""
+    """This worker does not die: let go of it, and answer with ``WorkerDied`` all the same."""
 
     worker: int
 

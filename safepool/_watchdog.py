@@ -456,6 +456,8 @@ class Watchdog:
         if link is not None:
             _log.critical("safepool: %r does not die even of SIGKILL; it is given up and replaced", link.process)
             self._dying.pop(command.worker, None)
+            self._hear(link)
+            self._events.append(e.WorkerDied(monotonic(), command.worker, None, link.unbegun()))
             self._forget(link)
 
     def _act_began(self, command: e.Began) -> None:

@@ -1,0 +1,203 @@
+"""A hypothesis state machine that drives ``safepool.testing.Simulation`` through every kind of trouble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from safepool._core import Core
+from safepool.policy import PoolPolicy
+from safepool.testing import Simulation
+
+MOST_TASKS = 40
+pick = st.integers(0, 1000)
+
+
+def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMachine]:
+    """The state machine for a core; a broken one is given to see whether the simulation notices."""
+
+    class PoolMachine(RuleBasedStateMachine):
+        sim: Simulation
+
+        @initialize(
+            workers=st.integers(1, 3),
+            turnover=st.sampled_from([None, None, 1, 2, 3]),
+            death=st.sampled_from(["heal", "heal", "heal", "break"]),
+            tickets=st.sampled_from([True, True, True, False]),
+            all_at_once=st.booleans(),
+        )
+        def make(self, workers: int, turnover: int | None, death: str, tickets: bool, all_at_once: bool) -> None:
+            policy = PoolPolicy(workers, turnover, death, start_all=all_at_once, take_back=tickets)  # type: ignore[arg-type]
+            self.sim = Simulation(policy, core)
+
+        # ------------------------------------------------------------ users
+
+        @precondition(lambda self: len(self.sim.tasks) < MOST_TASKS and not self.sim.closed)
+        @rule(
+            timeout=st.sampled_from([None, None, 0.01, 0.5]),
+            deadline=st.sampled_from([None, None, 0.05, 2.0]),
+            deaths=st.sampled_from([None, None, 1, 2]),
+            size=st.sampled_from([0, 0, 200_000]),
+            silent=st.sampled_from([False, False, False, True]),
+        )
+        def submit(
+            self, timeout: float | None, deadline: float | None, deaths: int | None, size: int, silent: bool
+        ) -> None:
+            self.sim.submit(timeout=timeout, deadline=deadline, deaths=deaths, size_bytes=size, silent=silent)
+
+        @precondition(lambda self: len(self.sim.tasks) < MOST_TASKS and not self.sim.closed)
+        @rule(count=st.integers(2, 6), timeout=st.sampled_from([None, 0.1]))
+        def submit_many(self, count: int, timeout: float | None) -> None:
+            self.sim.submit_many(count, timeout=timeout)
+
+        @precondition(lambda self: self.sim.tasks)
+        @rule(n=pick, later=st.booleans())
+        def cancel(self, n: int, later: bool) -> None:
+            self.sim.cancel(self._unsettled(n), later=later)
+
+        @precondition(lambda self: self.sim.tasks)
+        @rule(n=pick)
+        def kill_task(self, n: int) -> None:
+            self.sim.kill(self._unsettled(n))
+
+        @precondition(lambda self: self.sim.asked)
+        @rule(n=pick, delay=st.sampled_from([None, 0.0, 0.0, 0.3]))
+        def retry_policy_answers(self, n: int, delay: float | None) -> None:
+            asked = sorted(set(self.sim.asked) - self.sim.silent)
+            if asked:
+                self.sim.answer(asked[n % len(asked)], delay)
+
+        @precondition(lambda self: len(self.sim.log) > 25 and not self.sim.closed)
+        @rule(cancel=st.booleans(), n=st.integers(0, 3))
+        def shutdown(self, cancel: bool, n: int) -> None:
+            if n == 0:
+                self.sim.shutdown(cancel=cancel)
+
+        @precondition(lambda self: len(self.sim.log) > 25 and not self.sim.closed)
+        @rule(hard=st.booleans(), n=st.integers(0, 9))
+        def end_workers(self, hard: bool, n: int) -> None:
+            if n == 0:
+                self.sim.end_workers(hard=hard)
+
+        # ---------------------------------------------------------- workers
+
+        @precondition(lambda self: self.sim.workers)
+        @rule(n=pick)
+        def ready(self, n: int) -> None:
+            self.sim.ready(self._worker(n))
+
+        @precondition(lambda self: self.sim.workers)
+        @rule(n=pick, heard=st.booleans())
+        def begin(self, n: int, heard: bool) -> None:
+            number = self._worker(n)
+            self.sim.begin(number)
+            if heard:
+                self.sim.hear(number)
+
+        @precondition(lambda self: self.sim.workers)
+        @rule(n=pick, ok=st.booleans(), heard=st.booleans())
+        def finish(self, n: int, ok: bool, heard: bool) -> None:
+            number = self._worker(n)
+            self.sim.begin(number)
+            self.sim.finish(number, ok=ok)
+            if heard:
+                self.sim.hear(number)
+
+        @precondition(lambda self: self.sim.workers)
+        @rule(n=pick)
+        def hear(self, n: int) -> None:
+            self.sim.hear(self._worker(n))
+
+        @precondition(lambda self: self.sim.workers)
+        @rule()
+        def all_ready_and_begin(self) -> None:
+            """A shortcut into the depth: tasks run everywhere, and it is known."""
+            for number in sorted(self.sim.workers):
+                self.sim.ready(number)
+                self.sim.begin(number)
+                self.sim.hear(number)
+
+        @precondition(lambda self: self.sim.workers)
+        @rule(n=pick, code=st.sampled_from([0, -9, -11, 7, None]))
+        def die(self, n: int, code: int | None) -> None:
+            self.sim.die(self._worker(n), code)
+
+        @precondition(lambda self: any(not w.can_work() for w in self.sim.workers.values()))
+        @rule(n=pick)
+        def a_doomed_one_dies(self, n: int) -> None:
+            going = [w for w in self.sim.workers.values() if not w.can_work()]
+            worker = going[n % len(going)]
+            self.sim.die(worker.number, -9 if worker.kills else 0)
+
+        @precondition(lambda self: self.sim.workers)
+        @rule(n=pick)
+        def late_answer_then_death(self, n: int) -> None:
+            """A task hangs past its limit, answers all the same, then the kill arrives."""
+            number = self._worker(n)
+            self.sim.begin(number)
+            self.sim.hear(number)
+            self.sim.advance(0.6)
+            if number in self.sim.workers:
+                self.sim.finish(number)
+                self.sim.hear(number)
+            if number in self.sim.workers and self.sim.workers[number].kills:
+                self.sim.die(number)
+
+        @precondition(lambda self: self.sim.workers)
+        @rule(n=pick, immortal=st.sampled_from([False, False, True]))
+        def get_stuck(self, n: int, immortal: bool) -> None:
+            """The worker hangs at its start or its exit; an immortal one even when it is killed."""
+            worker = self.sim.workers[self._worker(n)]
+            worker.stuck = True
+            worker.immortal = worker.immortal or immortal
+
+        @precondition(lambda self: self.sim.workers)
+        @rule(n=pick)
+        def lose_channel(self, n: int) -> None:
+            self.sim.lose_channel(self._worker(n))
+
+        @precondition(lambda self: len(self.sim.log) > 40 and any(not w.ready for w in self.sim.workers.values()))
+        @rule(n=pick)
+        def unfit(self, n: int) -> None:
+            starting = [w for w in self.sim.workers.values() if not w.ready]
+            if n % 4 == 0:
+                self.sim.unfit(starting[n % len(starting)].number)
+
+        @rule(count=st.integers(1, 3))
+        def spawns_fail(self, count: int) -> None:
+            self.sim.spawns_fail = count
+
+        @precondition(lambda self: any(not w.ready and w.can_work() for w in self.sim.workers.values()))
+        @rule()
+        def crash_loop(self) -> None:
+            """Every worker dies before it is ready, again and again."""
+            for _ in range(30):
+                starting = [w for w in self.sim.workers.values() if not w.ready and w.can_work()]
+                if not starting:
+                    break
+                self.sim.die(starting[0].number, 1)
+                self.sim.advance(0.5)
+
+        # ------------------------------------------------------------- time
+
+        @rule(seconds=st.sampled_from([0.001, 0.03, 0.6, 1.5, 6.0, 70.0]))
+        def advance(self, seconds: float) -> None:
+            self.sim.advance(seconds)
+
+        def teardown(self) -> None:
+            if hasattr(self, "sim") and not self.sim.violated:
+                self.sim.settle()
+
+        # ---------------------------------------------------------- picking
+
+        def _worker(self, n: int) -> int:
+            numbers = sorted(self.sim.workers)
+            return numbers[n % len(numbers)]
+
+        def _unsettled(self, n: int) -> int:
+            tasks = sorted(set(self.sim.tasks) - set(self.sim.outcomes)) or sorted(self.sim.tasks)
+            return tasks[n % len(tasks)]
+
+    return PoolMachine
