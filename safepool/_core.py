@@ -118,7 +118,7 @@ class Core:
         """What must be done because of ``event``, in this order."""
         self._now = event.now
         self._out = []
-        _HANDLERS[type(event)](self, event)
+        getattr(self, _HANDLERS[type(event)])(event)
         self._assign()
         self._man_the_seats()
         self._level()
@@ -766,20 +766,20 @@ def _nothing(*key: Any) -> None:
     """A timer that only wants ``handle`` to look again."""
 
 
-_HANDLERS: dict[type, Callable[[Core, Any], None]] = {
-    e.TasksSubmitted: Core._on_submitted,
-    e.CancelRequested: Core._on_cancel,
-    e.WorkerBooted: Core._on_booted,
-    e.WorkerReady: Core._on_ready,
-    e.WorkerUnfit: Core._on_unfit,
-    e.Received: Core._on_received,
-    e.Withheld: Core._on_withheld,
-    e.TakenBack: Core._on_taken_back,
-    e.ChannelLost: Core._on_channel_lost,
-    e.WorkerDied: Core._on_died,
-    e.SpawnFailed: Core._on_spawn_failed,
-    e.RetryAnswered: Core._on_answer,
-    e.ShutdownRequested: Core._on_shutdown,
-    e.EndWorkersRequested: Core._on_end_workers,
-    e.Ticked: Core._on_tick,
+_HANDLERS: dict[type, str] = {
+    e.TasksSubmitted: "_on_submitted",
+    e.CancelRequested: "_on_cancel",
+    e.WorkerBooted: "_on_booted",
+    e.WorkerReady: "_on_ready",
+    e.WorkerUnfit: "_on_unfit",
+    e.Received: "_on_received",
+    e.Withheld: "_on_withheld",
+    e.TakenBack: "_on_taken_back",
+    e.ChannelLost: "_on_channel_lost",
+    e.WorkerDied: "_on_died",
+    e.SpawnFailed: "_on_spawn_failed",
+    e.RetryAnswered: "_on_answer",
+    e.ShutdownRequested: "_on_shutdown",
+    e.EndWorkersRequested: "_on_end_workers",
+    e.Ticked: "_on_tick",
 }

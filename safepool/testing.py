@@ -168,7 +168,7 @@ class Simulation:
     def begin(self, number: int) -> None:
         """The worker draws the next ticket, if it has one and nothing in hand."""
         worker = self.workers[number]
-        if worker.ready and worker.in_hand is None and worker.inbox:
+        if worker.ready and not worker.deaf and worker.in_hand is None and worker.inbox:
             task = worker.in_hand = worker.inbox.popleft()
             settled = task in self.outcomes and self.policy.take_back
             self._check(not settled, f"task {task} begins after it was settled")
@@ -182,8 +182,7 @@ class Simulation:
         if worker.in_hand is not None:
             worker.pipe.append(("finished", worker.in_hand, ok))
             worker.in_hand = None
-            if not worker.deaf:  # else it cannot send the answer, and ends
-                self.begin(number)
+            self.begin(number)
 
     def hear(self, number: int, run_s: float = 0.0005) -> None:
         """The watchdog reads what the worker said."""

@@ -12,31 +12,34 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import pytest
 
-from . import tournament
-
 pytestmark = [pytest.mark.client, pytest.mark.timeout(1500)]
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
+SCRIPT = HERE / "tournament.py"
 CONSTRAINTS = HERE / "constraints-negmas.txt"
 CLIENT = ("negmas==0.11.3", "scml==0.7.7")
 MARK = "SAFEPOOL_CLIENT_RUN"  # every process of a run inherits it, in whatever session or group it is
 WORLDS, WORKERS, RECYCLE = 30, 8, 2
+THEIRS = runpy.run_path(str(SCRIPT))
+GAVE_UP, PLAYERS = THEIRS["GAVE_UP"], THEIRS["PLAYERS"]
 
 ASK_S = 60.0  # for a Python to say its version
 VENV_S = 120.0
-INSTALL_S = 900.0
-PLAY_S = 400.0
+INSTALL_S = 600.0
+PLAY_S = 300.0
 GIVE_UP_S = 90.0  # a world takes a second; a worker imports for three
 LEAVE_S = 10.0  # for the processes of a run to be gone after it
 TOLD = 3000  # characters of output in a message
@@ -48,7 +51,7 @@ TOLD = 3000  # characters of output in a message
 @pytest.fixture(scope="module")
 def client_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The Python of an environment with negmas, scml and what safepool needs."""
-    if prepared := os.environ.get("SAFEPOOL_CLIENT_ENV"):
+    if (prepared := os.environ.get("SAFEPOOL_CLIENT_ENV")) is not None:
         if not shutil.which(prepared):
             pytest.fail(f"SAFEPOOL_CLIENT_ENV must be the Python of an environment; {prepared!r} is no program")
         return prepared
@@ -82,8 +85,9 @@ def _works(python: str) -> bool:
 
 
 def _succeed(command: list[str], limit_s: float) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s)
-    assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-TOLD:]}"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+    said = (done.stdout + done.stderr)[-TOLD:]
+    assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{said}"
 
 
 # -------------------------------------------------------------------- one tournament
@@ -101,11 +105,13 @@ class Played(NamedTuple):
 def play(python: str, folder: Path, pool: str) -> Played:
     """Run ``tournament.py``.  Never waits for more than its limits, and leaves no process behind."""
     out, log, mark = folder / f"{pool}.json", folder / f"{pool}.log", uuid.uuid4().hex
-    command = [python, str(HERE / "tournament.py"), "--pool", pool, "--out", str(out)]
+    command = [python, str(SCRIPT), "--pool", pool, "--out", str(out)]
     command += ["--worlds", str(WORLDS), "--workers", str(WORKERS), "--recycle", str(RECYCLE)]
     command += ["--give-up", str(GIVE_UP_S)]
-    # The project's own folder first: a prepared environment may have no safepool, or an old one.
-    environ = {**os.environ, MARK: mark, "PYTHONHASHSEED": "0", "PYTHONPATH": str(PROJECT)}
+    environ = {**os.environ, MARK: mark, "PYTHONHASHSEED": "0"}
+    environ.pop("PYTHONPATH", None)
+    if "SAFEPOOL_CLIENT_ENV" in environ:
+        environ["PYTHONPATH"] = str(PROJECT)  # a prepared environment may have no safepool, or an old one
     try:
         # To a file: a pipe would be held open by whatever the run leaves behind.
         with log.open("wb") as output:
@@ -121,10 +127,8 @@ def play(python: str, folder: Path, pool: str) -> Played:
         left = [_describe(process) for process in _left(mark)]
     finally:
         for stray in _of(mark):
-            try:
+            with suppress(psutil.NoSuchProcess):  # it ended by itself
                 stray.kill()
-            except psutil.NoSuchProcess:
-                pass  # it ended by itself
     report = json.loads(out.read_text(encoding="utf-8")) if out.exists() else None
     return Played(exitcode, _tail(log), report, left)
 
@@ -170,12 +174,15 @@ def test_with_our_pool_all_worlds_are_played_and_the_scores_are_those_of_a_seria
     assert serial.exitcode == 0, serial.output
     ours = play(client_python, tmp_path, "safepool")
     assert ours.exitcode == 0, ours.output
-    assert serial.report is not None and ours.report is not None
+    assert serial.report is not None
+    assert ours.report is not None
     assert ours.report["futures"] == ["safepool.future.SafeFuture"], "it must have been our pool"
     assert (serial.report["worlds"], ours.report["worlds"]) == (WORLDS, WORLDS)
-    assert len(serial.report["scores"]) == WORLDS * tournament.PLAYERS
+    assert len(serial.report["scores"]) == WORLDS * PLAYERS
     assert ours.report["scores"] == serial.report["scores"]
-    assert ours.report["totals"] == serial.report["totals"]
+    # Means, of scores in the order in which the worlds ended: the last digit may differ.
+    totals = [dict(report["totals"]) for report in (ours.report, serial.report)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-12)
     assert (serial.left, ours.left) == ([], []), "no process outlives its run"
 
 
@@ -184,12 +191,13 @@ def test_with_the_standard_pool_the_same_tournament_hangs_and_the_script_says_so
 ) -> None:
     """On the standard pool futures stay running when no worker is left; the script gives up and cleans up."""
     stock = play(client_python, tmp_path, "stock")
-    assert stock.exitcode == tournament.GAVE_UP, f"{stock.exitcode=}\n{stock.output}"
+    assert stock.exitcode == GAVE_UP, f"{stock.exitcode=}\n{stock.output}"
     assert stock.report is None
     counts = re.search(r"Done=(\d+) Running=(\d+) Pending=(\d+)", stock.output)
     assert counts, stock.output
     done, running, pending = map(int, counts.groups())
     assert done + running + pending == WORLDS
     # Usually 16 (8 workers x 2 worlds) and 9 (the depth of its call queue).
-    assert 0 < done < WORLDS and running > 0, counts.group()
+    assert 0 < done < WORLDS, counts.group()
+    assert running > 0, counts.group()
     assert stock.left == [], "no process outlives its run"

@@ -22,11 +22,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
+
+AsCompleted = Callable[..., Iterator[Future[Any]]]
 
 GAVE_UP = 75
 GIVE_UP_S = 120.0
@@ -52,7 +54,8 @@ def main() -> int:
             # Before negmas is imported: parts of it take the names out of concurrent.futures then.
             stack.enter_context(safepool.patch())
         stack.callback(setattr, concurrent.futures, "as_completed", concurrent.futures.as_completed)
-        concurrent.futures.as_completed = watch.as_completed(concurrent.futures.as_completed)  # type: ignore[assignment]
+        watched = watch.as_completed(concurrent.futures.as_completed)
+        concurrent.futures.as_completed = watched  # type: ignore[assignment]
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tournament-", dir=options.out.parent))
         results = play(options, folder, watch)
     report = {
@@ -181,13 +184,13 @@ class Watch(threading.Thread):
         self._ended = 0
         self.kinds: set[str] = set()  # of the futures that were awaited: whose pool it really was
 
-    def as_completed(self, inner: Any) -> Any:
+    def as_completed(self, inner: AsCompleted) -> AsCompleted:
         """``inner``, an ``as_completed``, and this sees the futures."""
 
         def watched(fs: Iterable[Future[Any]], timeout: float | None = None) -> Iterator[Future[Any]]:
             self._futures = list(fs)
             self.kinds.update(f"{type(future).__module__}.{type(future).__qualname__}" for future in self._futures)
-            return inner(self._futures, timeout)  # type: ignore[no-any-return]
+            return inner(self._futures, timeout)
 
         return watched
 
@@ -215,12 +218,12 @@ class Watch(threading.Thread):
     def _give_up(self) -> NoReturn:
         done, running, pending = self.counts()
         try:
+            faulthandler.dump_traceback()
             print(
                 f"\nNothing moved for {self._give_up_s:g} s: Done={done} Running={running} Pending={pending}; "
                 f"{self._ended} worlds were reported",
                 flush=True,
             )
-            faulthandler.dump_traceback()
             end_children()
         finally:
             os._exit(GAVE_UP)  # the main thread hangs: nothing gentler would end this process
@@ -232,10 +235,8 @@ def end_children() -> None:
 
     children = psutil.Process().children(recursive=True)
     for child in children:
-        try:
+        with suppress(psutil.NoSuchProcess):  # it ended by itself
             child.kill()
-        except psutil.NoSuchProcess:
-            pass  # it ended by itself
     psutil.wait_procs(children, timeout=KILLED_S)
 
 

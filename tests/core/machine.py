@@ -131,6 +131,40 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
             worker = going[n % len(going)]
             self.sim.die(worker.number, -9 if worker.kills else 0)
 
+        @precondition(lambda self: self.sim.workers and len(self.sim.tasks) < MOST_TASKS)
+        @rule(
+            n=pick,
+            deadline=st.sampled_from([None, 1.0]),
+            timeout=st.sampled_from([None, 0.3]),
+            silent=st.sampled_from([False, False, True]),
+            delay=st.sampled_from([0.0, 0.2]),
+            deadly=st.booleans(),
+            drain=st.sampled_from([False, False, False, False, True]),
+        )
+        def fail_and_try_again(
+            self, n: int, deadline: float | None, timeout: float | None, silent: bool, delay: float,
+            deadly: bool, drain: bool,
+        ) -> None:  # fmt: skip
+            """A task fails or takes its worker down, its policy wants more, and it hangs the second time."""
+            self.sim.submit(deadline=deadline, timeout=timeout, deaths=2, silent=silent)
+            for number in sorted(self.sim.workers):
+                self.sim.ready(number)
+                self.sim.begin(number)
+                if not deadly:
+                    self.sim.finish(number, ok=False)
+                self.sim.hear(number)
+                if deadly and self.sim.workers[number].in_hand is not None:
+                    self.sim.die(number)
+            if drain:
+                self.sim.shutdown(cancel=False)
+            for task in sorted(set(self.sim.asked) - self.sim.silent):
+                self.sim.answer(task, delay)
+            for number in sorted(self.sim.workers):
+                self.sim.ready(number)
+                self.sim.begin(number)
+                self.sim.hear(number)
+            self.sim.advance(delay)
+
         @precondition(lambda self: self.sim.workers)
         @rule(n=pick)
         def late_answer_then_death(self, n: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from safepool import _core as c
@@ -42,13 +41,15 @@ class LateResultAccepted(Core):
 class RetiredNotReplaced(Core):
     """A worker that retired keeps its seat: the incident, in one line."""
 
+    _ghosts = 0
+
     def _bury(self, worker: Any) -> None:
-        retired = worker.state is WorkerState.RETIRING
+        self._ghosts += worker.state is WorkerState.RETIRING
         super()._bury(worker)
-        if retired:
-            self._policy = dataclasses.replace(self._policy, max_workers=max(1, self._policy.max_workers - 1))
-            if self._policy.max_workers == 1:
-                self._spawn_from = float("inf")
+
+    def _man_the_seats(self) -> None:
+        if self._ghosts + len(self._workers) < self._policy.max_workers:
+            super()._man_the_seats()
 
 
 class DeadlineDroppedOnRetry(Core):

@@ -18,7 +18,7 @@ def test_the_simulation_kills(mutant: type[Core]) -> None:
         run_state_machine_as_test(
             machine(mutant),
             settings=settings(
-                max_examples=2000,
+                max_examples=1000,
                 stateful_step_count=50,
                 deadline=None,
                 derandomize=True,
