@@ -16,7 +16,7 @@ import types
 from multiprocessing import spawn
 from typing import Any, Protocol
 
-from . import _os, _wire, _worker
+from . import _os, _payload, _wire, _worker
 from ._worker import Setup
 
 
@@ -90,7 +90,7 @@ class ContextLauncher:
                 # Not through multiprocessing's start-up pipe: writing to it blocks for ever if the
                 # child dies with the pipe full.
                 greeting = _wire.encode(
-                    _wire.Frame(_wire.SETUP, body=_wire.dumps_call((dict(os.environ), setup)))
+                    _wire.Frame(_wire.SETUP, body=_payload.dumps((dict(os.environ), setup)))
                 )
                 inherited = None
             except RuntimeError:
@@ -113,7 +113,7 @@ class _ByValue:
         self._setup = setup
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _wire.loads, (_wire.dumps_call(self._setup),)
+        return _payload.loads, (_payload.dumps(self._setup),)
 
 
 def default_launcher(name: str) -> ContextLauncher:

@@ -1,4 +1,4 @@
-"""The only module that pickles; frames bytes to and from one worker over its private channel.
+"""Frames bytes to and from one worker over its private channel.
 
 A frame is an envelope of fixed layout, which always loads, around two byte strings: ``text`` (UTF-8,
 for people) and ``body`` (a pickle, for the far end only).  A body that cannot be loaded spoils
@@ -7,15 +7,10 @@ nothing but itself.
 
 from __future__ import annotations
 
-import copyreg
-import io
-import pickle
 import socket
 import struct
-from collections import ChainMap
 from collections.abc import Iterator
-from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # To the worker: a call to run; the request to exit; what every worker is set up with.
 CALL, EXIT, SETUP = 1, 2, 3
@@ -30,7 +25,6 @@ _TICKET = struct.Struct("<Q")
 TICKET_BYTES = _TICKET.size
 MOST_TEXT = 1 << 20
 READ_BYTES = 1 << 16
-PROTOCOL = pickle.HIGHEST_PROTOCOL
 
 
 class ProtocolError(Exception):
@@ -100,64 +94,3 @@ def ticket(number: int) -> bytes:
 def tickets(data: bytes) -> list[int]:
     """The numbers on the tickets in ``data``; they are written and read whole."""
     return [number for (number,) in _TICKET.iter_unpack(data)]
-
-
-# ------------------------------------------------------------------ payloads
-
-
-class _Pickler(pickle.Pickler):
-    """The C pickler with multiprocessing's own reducers (connections, sockets, bound methods)."""
-
-    dispatch_table: dict[type, Any] = {}
-    made_of: tuple[int, int] = (0, 0)
-
-
-def _refresh_reducers() -> None:
-    """A plain dict of both tables, made anew when one has grown: a ``ChainMap`` doubles the cost of a call."""
-    ours, more = ForkingPickler._extra_reducers, copyreg.dispatch_table  # type: ignore[attr-defined]
-    if _Pickler.made_of != (len(ours), len(more)):
-        _Pickler.dispatch_table = {**more, **ours}
-        _Pickler.made_of = (len(ours), len(more))
-
-
-def dumps_call(call: tuple[Any, ...]) -> bytes:
-    """Pickle what goes to a worker.  What lives in ``__main__`` travels by value, and so do lambdas and closures.
-
-    Raises whatever pickling raises.
-    """
-    try:
-        data = _dumps(call)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return _dumps_by_value(call)
-    # The name of the module of everything pickled by reference is in the bytes.  A false alarm
-    # (the text as data) costs time, nothing else.
-    return _dumps_by_value(call) if b"__main__" in data or b"__mp_main__" in data else data
-
-
-def dumps_result(result: Any) -> bytes:
-    """Pickle what goes back: the parent has its own ``__main__``, by value only if need be."""
-    try:
-        return _dumps(result)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return _dumps_by_value(result)
-
-
-def loads(body: bytes) -> Any:
-    return pickle.loads(body)
-
-
-def _dumps(value: Any) -> bytes:
-    _refresh_reducers()
-    file = io.BytesIO()
-    _Pickler(file, PROTOCOL).dump(value)
-    return file.getvalue()
-
-
-def _dumps_by_value(value: Any) -> bytes:
-    import cloudpickle  # loky's own pickler, installed with it
-
-    file = io.BytesIO()
-    pickler = cloudpickle.Pickler(file, PROTOCOL)
-    pickler.dispatch_table = ChainMap(ForkingPickler._extra_reducers, pickler.dispatch_table)  # type: ignore[attr-defined]
-    pickler.dump(value)
-    return file.getvalue()

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from . import _wire
+from . import _payload, _wire
 from ._wire import Frame
 
 
@@ -28,11 +28,6 @@ class Setup(NamedTuple):
 
     initializer: Callable[..., object] | None = None
     initargs: tuple[Any, ...] = ()
-
-
-def run_chunk(fn: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
-    """What ``map(chunksize=)`` sends: several calls as one task."""
-    return [fn(*args) for args in calls]
 
 
 def main(channel: socket.socket, tickets: socket.socket | None, setup: Setup | None = None) -> None:
@@ -127,7 +122,8 @@ def _prepare(link: _Link, setup: Setup | None) -> bool:
     """Run the initializer.  False: it failed, and the parent knows."""
     try:
         if setup is None:
-            environ, setup = _wire.loads(link.next_frame().body)
+            _payload.own_main()
+            environ, setup = _payload.loads(link.next_frame().body)
             if os.environ != environ:
                 os.environ.clear()
                 os.environ.update(environ)
@@ -170,7 +166,7 @@ def _run(frame: Frame) -> Frame:
     began = perf_counter()
     number = frame.number
     try:
-        fn, args, kwargs = _wire.loads(frame.body)
+        task = _payload.loads_call(frame.body)
     except BaseException as error:
         from .errors import TaskUnreadable
 
@@ -178,15 +174,15 @@ def _run(frame: Frame) -> Frame:
         return _failure(number, TaskUnreadable(why, pid=os.getpid()), perf_counter() - began, cause=error)
     del frame
     try:
-        result = fn(*args, **kwargs)
+        result = [task.fn(*one) for one in task.args] if task.is_chunk else task.fn(*task.args, **task.kwargs)
     except BaseException as error:
         answer = _failure(number, error, perf_counter() - began)
         error.__traceback__ = None  # its frames hold the arguments
         return answer
     run_s = perf_counter() - began
-    del fn, args, kwargs
+    del task
     try:
-        return Frame(_wire.RETURNED, number, 0, run_s, b"", _wire.dumps_result(result))
+        return Frame(_wire.RETURNED, number, 0, run_s, b"", _payload.dumps_result(result))
     except BaseException as error:
         return _failure(number, error, run_s)
 
@@ -195,11 +191,11 @@ def _failure(number: int, error: BaseException, run_s: float, cause: BaseExcepti
     """The answer for a task that raised: text that always arrives, and the exception if it pickles."""
     text = _traceback(error if cause is None else cause)
     try:
-        body = _wire.dumps_result(error)
+        body = _payload.dumps_result(error)
     except BaseException as unpicklable:
         text = _traceback(unpicklable)
         try:
-            body = _wire.dumps_result(unpicklable)
+            body = _payload.dumps_result(unpicklable)
         except BaseException:
             body = b""
     return Frame(_wire.RAISED, number, 0, run_s, text, body)

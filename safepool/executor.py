@@ -13,10 +13,10 @@ from concurrent.futures import Executor, Future, process
 from time import monotonic
 from typing import Any
 
-from . import _os, _wire
+from . import _os, _payload
 from ._launch import ContextLauncher, default_launcher
 from ._watchdog import Call, Watchdog
-from ._worker import Setup, run_chunk
+from ._worker import Setup
 from .errors import PoolBroken
 from .future import SafeFuture
 from .policy import MAX_WINDOWS_WORKERS, OnWorkerDeath, PoolPolicy, TaskOptions, whole
@@ -72,10 +72,9 @@ class _Submitter(Executor):
         if chunksize == 1:
             todo = (lambda call=call: self.submit(fn, *call) for call in calls)
             return _in_order(todo, end, buffersize)
-        name = self._options.name or _name_of(fn)
         chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
-        inner = self.options(name=name)
-        todo = (lambda chunk=chunk: inner.submit(run_chunk, fn, chunk) for chunk in chunks)
+        pool, options = self._pool(), self._options
+        todo = (lambda chunk=chunk: pool._submit(options, fn, chunk, {}, chunk=True) for chunk in chunks)
         return itertools.chain.from_iterable(_in_order(todo, end, buffersize))
 
     def options(self, **options: Any) -> PoolView:
@@ -147,7 +146,13 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         return self
 
     def _submit(
-        self, options: TaskOptions, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        options: TaskOptions,
+        fn: Callable[..., Any],
+        args: Iterable[Any],
+        kwargs: dict[str, Any],
+        *,
+        chunk: bool = False,
     ) -> SafeFuture:
         if not callable(fn):
             raise TypeError(f"fn must be callable; got {fn!r}")
@@ -155,7 +160,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         self._check_open()
         future = SafeFuture(watchdog, next(_tasks), options.name or _name_of(fn))
         try:
-            payload = _wire.dumps_call((fn, args, kwargs))
+            payload = _payload.dumps_call(fn, args, kwargs, chunk=chunk)
         except (Exception, SystemExit) as error:
             _fail_unsent(future, error)
             return future

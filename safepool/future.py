@@ -22,7 +22,7 @@ from concurrent.futures.process import _RemoteTraceback
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from . import _wire
+from . import _payload
 from ._link import Answer
 from .errors import Attempt, ResultUnreadable, Unfinished, with_attempts
 
@@ -144,7 +144,7 @@ class SafeFuture(Future[Any]):
     def _unpickle(self, answer: Answer) -> tuple[Any, BaseException | None]:
         text = answer.text.decode(errors="replace")
         try:
-            value = _wire.loads(answer.body)
+            value = _payload.loads(answer.body)
         except (Exception, SystemExit) as error:
             what = "result" if answer.ok else "exception"
             lost: BaseException = ResultUnreadable(

@@ -1,0 +1,258 @@
+"""The only module that pickles: calls and set-ups on their way out, results and exceptions on their way back.
+
+What lives in ``__main__`` travels by value, so workers need no ``__main__`` of the user's, and no main
+guard is asked for.  In a worker all of it shares one ``__main__`` namespace, as it does at home:
+
+* what a worker's initializer, or an earlier task, assigned to a global stays, and other functions see it;
+* a global that the user rebinds later (a notebook cell run again) is rebound in the workers too.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import itertools
+import os
+import pickle
+import struct
+import sys
+import threading
+import types
+import weakref
+from collections import ChainMap
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
+
+PROTOCOL = pickle.HIGHEST_PROTOCOL
+MOST_FUNCTIONS = 512  # that a worker keeps loaded
+_HEAD = struct.Struct("<BI")  # flags, length of the pickled function
+_KEEP, _CHUNK = 1, 2
+_MAINS = (b"__main__", b"__mp_main__")
+_absent = object()
+
+
+class Task(NamedTuple):
+    """What a worker runs: ``fn(*args, **kwargs)``, or for a chunk ``fn(*one)`` for each of ``args``."""
+
+    fn: Any
+    args: Any
+    kwargs: dict[str, Any]
+    is_chunk: bool
+
+
+def dumps_call(fn: Any, args: Any, kwargs: dict[str, Any], *, chunk: bool = False) -> bytes:
+    """Pickle a call.  Raises whatever pickling raises."""
+    function, keep = _dumps_function(fn)
+    return _HEAD.pack(_KEEP * keep + _CHUNK * chunk, len(function)) + function + dumps(args if chunk else (args, kwargs))
+
+
+def loads_call(body: bytes) -> Task:
+    """In the worker.  Raises whatever unpickling raises."""
+    flags, length = _HEAD.unpack_from(body)
+    start = _HEAD.size
+    function = body[start : start + length]
+    fn = _functions.get(function, _absent)
+    if fn is _absent:
+        fn = pickle.loads(function)
+        if flags & _KEEP:
+            if len(_functions) >= MOST_FUNCTIONS:
+                _functions.clear()
+            _functions[function] = fn
+    with memoryview(body) as view:
+        rest = pickle.loads(view[start + length :])
+    return Task(fn, rest, {}, True) if flags & _CHUNK else Task(fn, *rest, False)
+
+
+def dumps(value: Any) -> bytes:
+    """Pickle what goes to a worker; by reference where it can be imported there, else by value."""
+    try:
+        data = _dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return _dumps_by_value(value, shared_main=True)
+    # The module of everything pickled by reference is named in the bytes.  A false alarm (the name
+    # as data) costs time, nothing else.
+    return _dumps_by_value(value, shared_main=True) if any(main in data for main in _MAINS) else data
+
+
+def dumps_result(result: Any) -> bytes:
+    """Pickle what comes back: home has its own ``__main__``, so by value only if need be."""
+    try:
+        return _dumps(result)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return _dumps_by_value(result, shared_main=False)
+
+
+def loads(body: bytes) -> Any:
+    return pickle.loads(body)
+
+
+def own_main() -> None:
+    """In a new worker: an empty ``__main__`` for the user's names, instead of the bootstrap's."""
+    sys.modules["__main__"] = types.ModuleType("__main__")
+
+
+# ------------------------------------------------------------------ functions
+
+
+class _Sent(NamedTuple):
+    """A pickled function, good for as long as ``names`` in ``__main__`` still are these ``values``."""
+
+    data: bytes
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+
+_functions: dict[bytes, Any] = {}  # in a worker: loaded, by their pickle
+_sent: weakref.WeakKeyDictionary[Any, _Sent] = weakref.WeakKeyDictionary()
+
+
+def _dumps_function(fn: Any) -> tuple[bytes, bool]:
+    """The pickle of ``fn``, and whether a worker may keep what it loads: not if it carries state."""
+    if not _is_stateless(fn):
+        return dumps(fn), False
+    known = _sent.get(fn)
+    if known is None or not _is_current(known):
+        names = tuple(_names_in_main(fn))
+        known = _sent[fn] = _Sent(dumps(fn), names, tuple(map(_main().get, names)))
+    return known.data, True
+
+
+def _is_stateless(fn: Any) -> bool:
+    if type(fn) is types.FunctionType:
+        return fn.__closure__ is None and not fn.__dict__
+    return type(fn) is types.BuiltinFunctionType and (fn.__self__ is None or type(fn.__self__) is types.ModuleType)
+
+
+def _is_current(sent: _Sent) -> bool:
+    main = _main()
+    return all(main.get(name) is value for name, value in zip(sent.names, sent.values))
+
+
+def _names_in_main(fn: Any) -> dict[str, None]:
+    """The globals of ``__main__`` that ``fn`` uses, itself or through the functions and classes it uses."""
+    main, names, todo = _main(), {}, [fn]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, type):
+            todo += [value for value in vars(item).values() if isinstance(value, types.FunctionType)]
+        elif isinstance(item, types.FunctionType) and item.__globals__ is main:
+            for name in _names_in_code(item.__code__):
+                if name in main and name not in names:
+                    names[name] = None
+                    if getattr(main[name], "__module__", None) == "__main__":
+                        todo.append(main[name])
+    return names
+
+
+def _names_in_code(code: types.CodeType) -> set[str]:
+    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return set(code.co_names).union(*map(_names_in_code, inner))
+
+
+def _main() -> dict[str, Any]:
+    return sys.modules["__main__"].__dict__
+
+
+# ------------------------------------------------------------------- picklers
+
+
+class _Pickler(pickle.Pickler):
+    """The C pickler with multiprocessing's own reducers (connections, sockets, bound methods)."""
+
+    dispatch_table: dict[type, Any] = {}
+    made_of: tuple[int, int] = (0, 0)
+
+
+def _refresh_reducers() -> None:
+    """A plain dict of both tables, made anew when one has grown: a ``ChainMap`` doubles the cost of a call."""
+    ours, more = ForkingPickler._extra_reducers, copyreg.dispatch_table  # type: ignore[attr-defined]
+    if _Pickler.made_of != (len(ours), len(more)):
+        _Pickler.dispatch_table = {**more, **ours}
+        _Pickler.made_of = (len(ours), len(more))
+
+
+def _dumps(value: Any) -> bytes:
+    _refresh_reducers()
+    file = io.BytesIO()
+    _Pickler(file, PROTOCOL).dump(value)
+    return file.getvalue()
+
+
+def _dumps_by_value(value: Any, *, shared_main: bool) -> bytes:
+    file = io.BytesIO()
+    pickler = _by_value_pickler(shared_main)(file, PROTOCOL)
+    pickler.dispatch_table = ChainMap(ForkingPickler._extra_reducers, pickler.dispatch_table)  # type: ignore[attr-defined]
+    pickler.dump(value)
+    return file.getvalue()
+
+
+def _by_value_pickler(shared_main: bool) -> Any:
+    import cloudpickle  # loky's own pickler, installed with it
+
+    if not shared_main:
+        return cloudpickle.Pickler
+    if not _by_value_classes:
+
+        class ByValue(cloudpickle.Pickler):  # type: ignore[misc]
+            """cloudpickle, but functions of ``__main__`` keep sharing its namespace at the far end."""
+
+            def _dynamic_function_reduce(self, func: Any) -> Any:
+                reduced = super()._dynamic_function_reduce(func)
+                if func.__globals__ is not _main():
+                    return reduced
+                make, (code, _, *more), (state, slots), *_ = reduced
+                slots["__globals__"] = _versioned(slots["__globals__"])
+                return make, (code, _TheirMain(), *more), (state, slots), None, None, _set_function_of_main
+
+        _by_value_classes.append(ByValue)
+    return _by_value_classes[0]
+
+
+_by_value_classes: list[Any] = []
+
+
+class _TheirMain:
+    """Pickles as the namespace of ``__main__`` at the far end."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _main, ()
+
+
+# At home: the value of each global that was ever sent, and how often the user had rebound it by then.
+_tracked: dict[str, tuple[Any, int]] = {}
+_tracking = threading.RLock()
+_rebound = itertools.count(1)
+# In a worker: which version of each global it was given last.
+_given: dict[str, int] = {}
+
+
+def _versioned(values: dict[str, Any]) -> dict[str, tuple[int, Any]]:
+    with _tracking:
+        for name, value in values.items():
+            known = _tracked.get(name)
+            if known is None or known[0] is not value:
+                _tracked[name] = (value, 0 if known is None else next(_rebound))
+        return {name: (_tracked[name][1], value) for name, value in values.items()}
+
+
+def _set_function_of_main(fn: Any, state: Any) -> None:
+    """In the worker: what cloudpickle does, but only globals that were rebound at home are assigned."""
+    from cloudpickle.cloudpickle import _function_setstate
+
+    main = _main()
+    for name, (version, value) in state[1]["__globals__"].items():
+        if version != _given.get(name, 0 if name in main else None):
+            main[name] = value
+        _given[name] = version
+    state[1]["__globals__"] = {}
+    _function_setstate(fn, state)
+
+
+def _let_go_in_child() -> None:
+    # Another thread may have held it at the fork.
+    global _tracking
+    _tracking = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
