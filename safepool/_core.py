@@ -38,26 +38,24 @@ HURRIED_S = 0.4  # the longest of them while nobody else is there to work
 START_FAILURES = 4  # in a row, beyond one per seat: then the pool is broken
 UNBEGUN_DEATHS = 3  # workers that died with the same task next in line: then it is the task
 AHEAD_S = 0.020  # work kept at a worker, so that it never waits for us
-AHEAD_TASKS = 64
+AHEAD_TASKS = 256
 AHEAD_BYTES = 256 * 1024
 
 
 class _Task:
-    __slots__ = (
-        "attempt", "deaths", "failure", "near_deaths", "new", "ok", "state", "wish", "wish_kills", "worker",
-    )  # fmt: skip
+    # No __slots__: what is only set for the few that need it costs nothing for the many.
+    state = T.QUEUED
+    worker: int | None = None
+    attempt = 1
+    deaths = 0
+    near_deaths = 0
+    ok: bool | None = None  # an outcome that its worker sent; None: ``failure`` tells
+    failure: Failure | None = None
+    wish: Failure | None = None  # to be settled so as soon as its worker lets go of it ...
+    wish_kills = False  # ... and the worker is killed if it does not
 
     def __init__(self, new: e.NewTask) -> None:
         self.new = new
-        self.state = T.QUEUED
-        self.worker: int | None = None
-        self.attempt = 1
-        self.deaths = 0
-        self.near_deaths = 0
-        self.ok: bool | None = None  # an outcome that its worker sent; None: ``failure`` tells
-        self.failure: Failure | None = None
-        self.wish: Failure | None = None  # to be settled so as soon as its worker lets go of it ...
-        self.wish_kills = False  # ... and the worker is killed if it does not
 
     def __repr__(self) -> str:
         return f"<task {self.new.task} {self.state.value} attempt {self.attempt} at worker {self.worker}>"
@@ -311,7 +309,8 @@ class Core:
         if not worker.sent or worker.sent[0].new.task != number or worker.sent[0].state is T.DOOMED:
             return None
         task = worker.sent.popleft()
-        task.wish = None
+        if task.wish is not None:
+            task.wish = None
         worker.sent_bytes -= task.new.size_bytes
         worker.begun = False
         return task

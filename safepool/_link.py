@@ -14,6 +14,7 @@ from ._wire import Frame
 from ._worker import Setup
 
 MOST_BUFFERS = 64  # in one write; the system allows 1024
+SMALL_BYTES = 1 << 14  # smaller calls are written together
 MOST_TICKET_BYTES = 1 << 16
 
 
@@ -52,7 +53,8 @@ class Link:
         self.worker = worker
         self._number = 0
         self._sent: dict[int, int] = {}  # number -> task, not answered, in order
-        self._out: deque[tuple[int, memoryview]] = deque()  # (number, bytes to go); 0: not a call
+        # (number, bytes to go); 0: not a call, or several small ones
+        self._out: deque[tuple[int, memoryview]] = deque()
         self._head_is_partial = False
         self._begun = 0  # the last number whose start was told
         self.is_deaf = False  # its channel is not read any more
@@ -91,14 +93,26 @@ class Link:
 
     def send(self, calls: Iterable[tuple[int, bytes]]) -> None:
         """Queue these (task, payload) pairs, tickets first; ``flush`` writes them."""
-        tickets = []
+        number = first = self._number + 1
+        small: list[bytes] = []
         for task, payload in calls:
-            self._number += 1
-            self._sent[self._number] = task
-            tickets.append(_wire.ticket(self._number))
-            self._out.append((self._number, memoryview(_wire.encode_call(self._number, payload))))
+            self._sent[number] = task
+            frame = _wire.encode_call(number, payload)
+            if len(frame) < SMALL_BYTES:
+                small.append(frame)
+            else:
+                self._put(b"".join(small))
+                small.clear()
+                self._put(frame, number)
+            number += 1
+        self._put(b"".join(small))
+        self._number = number - 1
         if self._undrawn is not None:
-            self._tickets.sendall(b"".join(tickets))  # 8 bytes each and few: they always fit
+            self._tickets.sendall(_wire.encode_tickets(first, self._number))  # few and short: they always fit
+
+    def _put(self, data: bytes, number: int = 0) -> None:
+        if data:
+            self._out.append((number, memoryview(data)))
 
     def ask_exit(self) -> None:
         self._out.append((0, memoryview(_wire.encode(Frame(_wire.EXIT)))))
@@ -134,8 +148,9 @@ class Link:
             data = self._undrawn.recv(MOST_TICKET_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return ()
-        numbers = set(_wire.tickets(data))
-        # A frame that is half written must go out whole, or the next one would not be understood.
+        numbers = set(_wire.tickets_in(data))
+        # What need not be written any more is not, if it is big; small calls go out, and the worker
+        # passes over them for want of a ticket.  A frame that is half written must go out whole, or the next one would not be understood.
         kept = 1 if self._head_is_partial else 0
         head = list(islice(self._out, kept))
         self._out = deque(head + [out for out in islice(self._out, kept, None) if out[0] not in numbers])
@@ -169,11 +184,11 @@ class Link:
         answers: list[Answer] = []
         begun = 0
         run_s = 0.0
-        pid = self.process.pid
+        pid, pop, new = self.process.pid, self._sent.pop, tuple.__new__
         try:
             for kind, number, begins, seconds, text, body in self._reader:
                 if kind in (_wire.RETURNED, _wire.RAISED):
-                    answers.append(Answer(self._sent.pop(number), pid, kind == _wire.RETURNED, text, body))
+                    answers.append(new(Answer, (pop(number), pid, kind == _wire.RETURNED, text, body)))
                     run_s += seconds
                     begun = begins
                 elif kind == _wire.BEGAN:

@@ -58,8 +58,8 @@ class Call:
 
     def as_new_task(self) -> e.NewTask:
         options = self.options
-        if options.timeout is None and options.deadline is None and options.retry is None:
-            return e.NewTask(self.future._task, len(self.payload))
+        if options is PLAIN or (options.timeout is None and options.deadline is None and options.retry is None):
+            return tuple.__new__(e.NewTask, (self.future._task, len(self.payload), None, None, None, False))
         return e.NewTask(
             self.future._task,
             len(self.payload),
@@ -70,6 +70,7 @@ class Call:
         )
 
 
+PLAIN = TaskOptions()
 DEATHS = 3  # that a task under a tenacity policy may cause, as Retry.deaths
 
 

@@ -49,6 +49,10 @@ def encode_call(number: int, payload: bytes) -> bytes:
     return _HEADER.pack(CALL, number, 0, 0.0, 0, len(payload)) + payload
 
 
+def encode_returned(number: int, begins: int, run_s: float, body: bytes) -> bytes:
+    return _HEADER.pack(RETURNED, number, begins, run_s, 0, len(body)) + body
+
+
 class FrameReader:
     """Bytes in, frames out."""
 
@@ -87,10 +91,16 @@ class FrameReader:
             del buffer[:at]
 
 
-def ticket(number: int) -> bytes:
-    return _TICKET.pack(number)
+def encode_tickets(first: int, last: int) -> bytes:
+    return struct.pack(f"<{last + 1 - first}Q", *range(first, last + 1))
 
 
-def tickets(data: bytes) -> list[int]:
+def ticket_in(data: bytes) -> int:
+    """The number on one ticket."""
+    number: int = _TICKET.unpack(data)[0]
+    return number
+
+
+def tickets_in(data: bytes) -> list[int]:
     """The numbers on the tickets in ``data``; they are written and read whole."""
     return [number for (number,) in _TICKET.iter_unpack(data)]

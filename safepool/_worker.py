@@ -83,6 +83,15 @@ class _Link:
             os._exit(0)  # the child of a task's fork came back through our loop
         self._channel.sendall(b"".join(map(_wire.encode, frames)))
 
+    def answer(self, answer: _Answer, begins: int) -> None:
+        """Send the answer of one task, and in the same breath that the next one begins (0: none)."""
+        if type(answer) is Frame:
+            self.send(answer._replace(begins=begins))
+            return
+        if os.getpid() != self._pid:
+            os._exit(0)
+        self._channel.sendall(_wire.encode_returned(answer[0], begins, answer[1], answer[2]))
+
     def next_frame(self) -> Frame:
         while not self._frames:
             self._fill()
@@ -114,7 +123,7 @@ class _Link:
                 return False
             if len(data) != _wire.TICKET_BYTES:
                 raise EOFError
-            (self._drawn,) = _wire.tickets(data)
+            self._drawn = _wire.ticket_in(data)
         return self._drawn == number
 
 
@@ -151,18 +160,18 @@ def _serve(link: _Link) -> None:
             continue
         link.send(Frame(_wire.BEGAN, frame.number))
         while frame is not None:
-            number = frame.number
             answer = _run(frame)
             del frame  # nothing of a call is kept while the worker waits
             frame = link.next_call_at_hand()
-            if frame is None:
-                link.send(answer)
-            else:
-                link.send(answer._replace(begins=frame.number))
-            del answer, number
+            link.answer(answer, 0 if frame is None else frame.number)
+            del answer
 
 
-def _run(frame: Frame) -> Frame:
+# What a task came to: (number, run time in seconds, pickled result), or the frame of its failure.
+_Answer = tuple[int, float, bytes] | Frame
+
+
+def _run(frame: Frame) -> _Answer:
     began = perf_counter()
     number = frame.number
     try:
@@ -182,7 +191,7 @@ def _run(frame: Frame) -> Frame:
     run_s = perf_counter() - began
     del task
     try:
-        return Frame(_wire.RETURNED, number, 0, run_s, b"", _payload.dumps_result(result))
+        return number, run_s, _payload.dumps_result(result)
     except BaseException as error:
         return _failure(number, error, run_s)
 

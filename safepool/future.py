@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import (
     CANCELLED,
     CANCELLED_AND_NOTIFIED,
@@ -94,14 +94,22 @@ class SafeFuture(Future[Any]):
         """
         try:
             self._await(timeout)
-            return super().result(0)
+            self._raise_if_cancelled()
+            if self._exception is not None:
+                raise self._exception
+            return self._result
         finally:
             self = None  # type: ignore[assignment]  # no cycle through the traceback of what was raised
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The exception of the task or None; ``timeout`` in seconds, errors as for ``result``."""
         self._await(timeout)
-        return super().exception(0)
+        self._raise_if_cancelled()
+        return self._exception
+
+    def _raise_if_cancelled(self) -> None:
+        if self._state != FINISHED:
+            raise CancelledError
 
     def _get_snapshot(self) -> tuple[bool, bool, Any, BaseException | None]:
         # asyncio of 3.14 reads results here.
@@ -110,6 +118,9 @@ class SafeFuture(Future[Any]):
         return super()._get_snapshot()  # type: ignore[misc,no-any-return]
 
     def _await(self, timeout: float | None) -> None:
+        if self._state == FINISHED:
+            self._load()
+            return
         end = None if timeout is None else monotonic() + timeout
         while not self._wait_once(end):
             if end is not None and monotonic() >= end:
@@ -142,11 +153,11 @@ class SafeFuture(Future[Any]):
                 self._answer, self._result, self._exception = None, value, error
 
     def _unpickle(self, answer: Answer) -> tuple[Any, BaseException | None]:
-        text = answer.text.decode(errors="replace")
         try:
             value = _payload.loads(answer.body)
         except (Exception, SystemExit) as error:
             what = "result" if answer.ok else "exception"
+            text = answer.text.decode(errors="replace")
             lost: BaseException = ResultUnreadable(
                 f"the {what} of {self} came from worker {self.worker_pid} but could not be unpickled here: "
                 f"{type(error).__name__}: {error}",
@@ -159,7 +170,7 @@ class SafeFuture(Future[Any]):
             return value, None
         if not isinstance(value, BaseException):  # whatever a __reduce__ of the user's made of it
             value = ResultUnreadable(f"the exception of {self} came back as {value!r}", task=str(self))
-        value.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
+        value.__cause__ = _RemoteTraceback('\n"""\n' + answer.text.decode(errors="replace") + '"""')
         return None, with_attempts(value, self.attempts) if self.attempts else value
 
     # ---------------------------------------------------------- stopping

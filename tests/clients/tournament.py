@@ -217,6 +217,8 @@ class Watch(threading.Thread):
 
     def _give_up(self) -> NoReturn:
         done, running, pending = self.counts()
+        # Printing blocks for ever if nobody reads it.
+        threading.Timer(2 * KILLED_S, os._exit, (GAVE_UP,)).start()
         try:
             faulthandler.dump_traceback()
             print(
