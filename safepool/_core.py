@@ -349,7 +349,7 @@ class Core:
         task.worker, task.failure = None, failure
         if failure.kind == "death":
             task.deaths += 1
-        if failure.kind != "error" and failure.kind != "result":
+        if failure.kind not in ("error", "result"):
             task.ok = None
         limit = task.new.deaths
         final = None if task.ok is not None else failure
@@ -472,7 +472,9 @@ class Core:
         if worker.ended_by_us:
             return
         if self._policy.on_worker_death == "break":
-            self._break("a worker died, and on_worker_death is 'break'", Failure("death", worker.number, event.exitcode))
+            self._break(
+                "a worker died, and on_worker_death is 'break'", Failure("death", worker.number, event.exitcode)
+            )
         elif not worker.ready:
             self._start_failed(f"worker {worker.number} died before it was ready, exit code {event.exitcode}")
         elif first is None:
@@ -567,6 +569,7 @@ class Core:
         if self._state is P.BROKEN or self._state is P.CLOSED:
             return
         self._move_pool(P.BROKEN)
+        self._out.append(e.Break(reason))
         failure = Failure("broken", reason=reason)
         if evidence is not None:
             failure = failure._replace(worker=evidence.worker, exitcode=evidence.exitcode)

@@ -235,6 +235,12 @@ class AskRetry(NamedTuple):
     failure: Failure
 
 
+class Break(NamedTuple):
+    """From now on the pool runs nothing; comes before the failures of its tasks."""
+
+    reason: str
+
+
 class Resolve(NamedTuple):
     """These tasks end with the outcome that their worker sent."""
 
@@ -251,7 +257,7 @@ class Close(NamedTuple):
 
 
 Command = (
-    Spawn | Send | TakeBack | AskExit | Kill | Abandon | Began | Requeue | AskRetry | Resolve | Fail | Close
+    Spawn | Send | TakeBack | AskExit | Kill | Abandon | Began | Requeue | AskRetry | Break | Resolve | Fail | Close
 )
 
 

@@ -89,9 +89,7 @@ class ContextLauncher:
             try:
                 # Not through multiprocessing's start-up pipe: writing to it blocks for ever if the
                 # child dies with the pipe full.
-                greeting = _wire.encode(
-                    _wire.Frame(_wire.SETUP, body=_payload.dumps((dict(os.environ), setup)))
-                )
+                greeting = _wire.encode(_wire.Frame(_wire.SETUP, body=_payload.dumps((dict(os.environ), setup))))
                 inherited = None
             except RuntimeError:
                 # Locks, queues and shared memory pickle only while a process is being started.

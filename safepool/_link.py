@@ -217,4 +217,6 @@ class Link:
         self._out.clear()
 
     def __repr__(self) -> str:
-        return f"<Link to worker {self.worker} pid {self.process.pid}: {len(self._sent)} sent, {len(self._out)} to write>"
+        return (
+            f"<Link to worker {self.worker} pid {self.process.pid}: {len(self._sent)} sent, {len(self._out)} to write>"
+        )

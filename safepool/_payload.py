@@ -21,7 +21,7 @@ import types
 import weakref
 from collections import ChainMap
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
 MOST_FUNCTIONS = 512  # that a worker keeps loaded
@@ -65,7 +65,10 @@ def loads_call(body: bytes) -> Task:
             _functions[function] = fn
     with memoryview(body) as view:
         rest = pickle.loads(view[start + length :])
-    return Task(fn, rest, {}, True) if flags & _CHUNK else Task(fn, *rest, False)
+    if flags & _CHUNK:
+        return Task(fn, rest, {}, True)
+    args, kwargs = rest
+    return Task(fn, args, kwargs, False)
 
 
 def dumps(value: Any) -> bytes:
@@ -144,7 +147,8 @@ def _is_current(sent: _Sent) -> bool:
 
 def _names_in_main(fn: Any) -> dict[str, None]:
     """The globals of ``__main__`` that ``fn`` uses, itself or through the functions and classes it uses."""
-    main, names, todo = _main(), {}, [fn]
+    main, todo = _main(), [fn]
+    names: dict[str, None] = {}
     while todo:
         item = todo.pop()
         if isinstance(item, type):
@@ -173,8 +177,8 @@ def _main() -> dict[str, Any]:
 class _Pickler(pickle.Pickler):
     """The C pickler with multiprocessing's own reducers (connections, sockets, bound methods)."""
 
-    dispatch_table: dict[type, Any] = {}
-    made_of: tuple[int, int] = (0, 0)
+    dispatch_table: ClassVar[dict[type, Any]] = {}
+    made_of: ClassVar[tuple[int, int]] = (0, 0)
 
 
 def _refresh_reducers() -> None:

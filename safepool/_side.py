@@ -76,10 +76,9 @@ class Side:
                 if self._jobs:
                     self._busy_since = monotonic()
                     return self._jobs.popleft()
-                if self._closed or not self._changed.wait(IDLE_S):
-                    if not self._jobs:
-                        self._thread = None
-                        self._changed.notify_all()
+                if (self._closed or not self._changed.wait(IDLE_S)) and not self._jobs:
+                    self._thread = None
+                    self._changed.notify_all()
             return None
 
     def close(self) -> None:

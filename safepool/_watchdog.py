@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -80,7 +81,9 @@ class Watchdog:
     ``core`` is injected for tests.
     """
 
-    def __init__(self, policy: PoolPolicy, launcher: Launcher, setup: Setup, name: str, core: Core | None = None) -> None:
+    def __init__(
+        self, policy: PoolPolicy, launcher: Launcher, setup: Setup, name: str, core: Core | None = None
+    ) -> None:
         self.name = name
         self.processes: dict[int, Any] = {}  # pid -> multiprocessing's process, alive or not yet buried
         self.broken: str | None = None
@@ -185,7 +188,7 @@ class Watchdog:
         if self.is_fork():
             reason = f"this process is a fork of {self._pid}, which owns the pool; make a pool of your own here"
             raise PoolBroken(reason, reason=reason)
-        elif self.thread is not None and not self.thread.is_alive() and not self._closed.is_set():
+        if self.thread is not None and not self.thread.is_alive() and not self._closed.is_set():
             self._crashed("its thread is gone")
 
     def deliver(self, job: Callable[[], object]) -> None:
@@ -217,10 +220,8 @@ class Watchdog:
 
     def _wake(self) -> None:
         self._awake = True
-        try:
+        with suppress(OSError):  # full: it will wake; closed: nobody is there
             self._wake_w.send(b"!")
-        except OSError:
-            pass  # full: it will wake; closed: nobody is there
 
     # ---------------------------------------------------------- the thread
 
@@ -276,10 +277,8 @@ class Watchdog:
         return max(0.0, min(known) - now) if known else None
 
     def _empty_wake_pipe(self) -> None:
-        try:
+        with suppress(OSError):
             self._wake_r.recv(4096)
-        except OSError:
-            pass
 
     def _read_mailbox(self) -> None:
         mailbox = self._mailbox
@@ -490,6 +489,9 @@ class Watchdog:
 
         self._judges.put(judge)
 
+    def _act_break(self, command: e.Break) -> None:
+        self.broken = command.reason
+
     def _act_resolve(self, command: e.Resolve) -> None:
         for task in command.tasks:
             call = self._calls.pop(task)
@@ -607,6 +609,7 @@ _ACTS: dict[type, Callable[[Watchdog, Any], None]] = {
     e.Began: Watchdog._act_began,
     e.Requeue: Watchdog._act_requeue,
     e.AskRetry: Watchdog._act_ask_retry,
+    e.Break: Watchdog._act_break,
     e.Resolve: Watchdog._act_resolve,
     e.Fail: Watchdog._act_fail,
     e.Close: Watchdog._act_close,

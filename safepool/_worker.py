@@ -79,18 +79,21 @@ class _Link:
             self._tickets.close()
 
     def send(self, *frames: Frame) -> None:
-        if os.getpid() != self._pid:
-            os._exit(0)  # the child of a task's fork came back through our loop
+        self._speak_for_ourselves()
         self._channel.sendall(b"".join(map(_wire.encode, frames)))
 
     def answer(self, answer: _Answer, begins: int) -> None:
         """Send the answer of one task, and in the same breath that the next one begins (0: none)."""
-        if type(answer) is Frame:
+        if isinstance(answer, Frame):
             self.send(answer._replace(begins=begins))
             return
+        self._speak_for_ourselves()
+        number, run_s, body = answer
+        self._channel.sendall(_wire.encode_returned(number, begins, run_s, body))
+
+    def _speak_for_ourselves(self) -> None:
         if os.getpid() != self._pid:
-            os._exit(0)
-        self._channel.sendall(_wire.encode_returned(answer[0], begins, answer[1], answer[2]))
+            os._exit(0)  # the child of a task's fork came back through our loop
 
     def next_frame(self) -> Frame:
         while not self._frames:
@@ -218,5 +221,3 @@ def _traceback(error: BaseException) -> bytes:
     except BaseException:  # a __str__ or __repr__ of the user's that raises
         text = f"{type(error).__name__} (it cannot be shown)\n"
     return text.encode(errors="backslashreplace")[-_wire.MOST_TEXT :]
-
-

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class _Facts:
     pid: int | None = None
 
     def __init__(self, message: str, **facts: Any) -> None:
-        super().__init__(message)
+        super().__init__(message)  # type: ignore[call-arg]  # an exception comes next in the MRO
         self.__dict__.update(facts)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -137,8 +138,7 @@ def with_attempts(error: BaseException, attempts: Iterable[Attempt]) -> BaseExce
     if len(told) > 1:
         for attempt in told[:-1]:
             error.add_note(f"safepool: {attempt}")
-    try:
+    # An exception with __slots__, or a frozen one, refuses: the notes tell the same.
+    with suppress(AttributeError, TypeError):
         error.attempts = told  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):
-        pass  # an exception with __slots__ or a frozen one: the notes tell the same
     return error

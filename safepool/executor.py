@@ -18,8 +18,8 @@ from ._launch import ContextLauncher, default_launcher
 from ._watchdog import Call, Watchdog
 from ._worker import Setup
 from .errors import PoolBroken
-from .future import SafeFuture
-from .policy import MAX_WINDOWS_WORKERS, OnWorkerDeath, PoolPolicy, TaskOptions, whole
+from .future import SafeFuture, remote_traceback
+from .policy import MAX_WINDOWS_WORKERS, OnWorkerDeath, PoolPolicy, TaskOptions
 
 _tasks = itertools.count(1)
 _pools = itertools.count(1)
@@ -116,7 +116,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         on_worker_death: OnWorkerDeath = "heal",
         name: str | None = None,
     ) -> None:
-        process._check_system_limits()  # type: ignore[attr-defined]
+        process._check_system_limits()
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         if not (name is None or isinstance(name, str)):
@@ -218,15 +218,15 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
     # ----------------------------------------------- what code in the wild reads
 
     @property
-    def _broken(self) -> str | bool:
+    def _broken(self) -> str | bool:  # type: ignore[override]
         return self._watchdog.broken or False
 
     @property
-    def _processes(self) -> dict[int, Any]:
+    def _processes(self) -> dict[int, Any]:  # type: ignore[override]
         return self._watchdog.processes
 
     @property
-    def _executor_manager_thread(self) -> threading.Thread | None:
+    def _executor_manager_thread(self) -> threading.Thread | None:  # type: ignore[override]
         return self._watchdog.thread
 
 
@@ -255,7 +255,7 @@ def _how_many(max_workers: int | None) -> int:
     if max_workers is None:
         from loky import cpu_count
 
-        most = cpu_count()  # affinity and cgroup limits included
+        most: int = cpu_count()  # affinity and cgroup limits included
         return min(most, MAX_WINDOWS_WORKERS) if sys.platform == "win32" else most
     if isinstance(max_workers, bool) or not isinstance(max_workers, int):
         raise TypeError(f"max_workers must be an integer; got {max_workers!r}")
@@ -295,18 +295,14 @@ def _fail_unsent(future: SafeFuture, error: BaseException) -> None:
     if error.__cause__ is None:
         import traceback
 
-        error.__cause__ = process._RemoteTraceback(  # type: ignore[attr-defined]
-            '\n"""\n' + "".join(traceback.format_exception(error)) + '"""'
-        )
+        error.__cause__ = remote_traceback("".join(traceback.format_exception(error)))
     future.failed(error)
 
 
 # ------------------------------------------------------------------------ map
 
 
-def _in_order(
-    todo: Iterator[Callable[[], Future[Any]]], end: float | None, buffersize: int | None
-) -> Iterator[Any]:
+def _in_order(todo: Iterator[Callable[[], Future[Any]]], end: float | None, buffersize: int | None) -> Iterator[Any]:
     """Begin at the call, not at the first ``next``."""
     waiting = deque(start() for start in itertools.islice(todo, buffersize))
     return _results(waiting, todo, end)

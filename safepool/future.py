@@ -99,7 +99,7 @@ class SafeFuture(Future[Any]):
                 raise self._exception
             return self._result
         finally:
-            self = None  # type: ignore[assignment]  # no cycle through the traceback of what was raised
+            del self  # no cycle through the traceback of what was raised
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The exception of the task or None; ``timeout`` in seconds, errors as for ``result``."""
@@ -164,13 +164,13 @@ class SafeFuture(Future[Any]):
                 task=str(self),
                 pid=self.worker_pid,
             )
-            lost.__cause__ = _RemoteTraceback(text) if text else error
+            lost.__cause__ = remote_traceback(text) if text else error
             return None, lost
         if answer.ok:
             return value, None
         if not isinstance(value, BaseException):  # whatever a __reduce__ of the user's made of it
             value = ResultUnreadable(f"the exception of {self} came back as {value!r}", task=str(self))
-        value.__cause__ = _RemoteTraceback('\n"""\n' + answer.text.decode(errors="replace") + '"""')
+        value.__cause__ = remote_traceback(answer.text.decode(errors="replace"))
         return None, with_attempts(value, self.attempts) if self.attempts else value
 
     # ---------------------------------------------------------- stopping
@@ -263,3 +263,10 @@ class SafeFuture(Future[Any]):
     def _invoke_callbacks(self) -> None:
         if self._done_callbacks:
             self._home.deliver(super()._invoke_callbacks)  # type: ignore[misc]
+
+
+def remote_traceback(text: str) -> BaseException:
+    """The stdlib's own class, with the words it would have; programs look at its type."""
+    make: Any = _RemoteTraceback
+    cause: BaseException = make(f'\n"""\n{text}"""')
+    return cause

@@ -245,35 +245,35 @@ class Simulation:
         self.replay()
 
     def _fair_step(self) -> None:
-        moved = False
-        for worker in tuple(self.workers.values()):
-            if worker.number not in self.workers:
-                continue
-            if worker.kills or (worker.asked_to_exit and not worker.stuck):
-                if worker.immortal:
-                    continue
-                self.die(worker.number, -9 if worker.kills else 0)
-            elif not worker.ready and not worker.deaf:
-                if worker.stuck and not worker.booted:
-                    continue
-                self.ready(worker.number)
-            elif worker.inbox or worker.in_hand is not None or worker.pipe:
-                self.begin(worker.number)
-                self.finish(worker.number)
-                if worker.deaf:
-                    self.die(worker.number, 1)
-                else:
-                    self.hear(worker.number)
-            else:
-                continue
-            moved = True
+        moved = [self._fair_worker(worker) for worker in tuple(self.workers.values())]
         for task in tuple(self.asked):
             if task not in self.silent:
                 self.answer(task, None)
-                moved = True
+                moved.append(True)
         due = self.core.next_deadline()
-        if not moved and due is not None:
+        if not any(moved) and due is not None:
             self.advance(max(0.0, due - self.now))
+
+    def _fair_worker(self, worker: VirtualWorker) -> bool:
+        """Let one worker do what a worker should; False: there is nothing for it to do."""
+        if worker.number not in self.workers:
+            return False
+        if worker.kills or (worker.asked_to_exit and not worker.stuck):
+            if not worker.immortal:
+                self.die(worker.number, -9 if worker.kills else 0)
+            return not worker.immortal
+        if not worker.ready and not worker.deaf:
+            self.ready(worker.number)
+            return worker.ready
+        if not worker.inbox and worker.in_hand is None and not worker.pipe:
+            return False
+        self.begin(worker.number)
+        self.finish(worker.number)
+        if worker.deaf:
+            self.die(worker.number, 1)
+        else:
+            self.hear(worker.number)
+        return True
 
     def replay(self) -> None:
         """The same events into a new core give the same commands."""
@@ -281,9 +281,7 @@ class Simulation:
         for event, commands in self.log:
             again = core.handle(event)
             core.next_deadline()
-            self._check(
-                [(type(c), c) for c in again] == [(type(c), c) for c in commands], f"replay differs at {event}"
-            )
+            self._check([(type(c), c) for c in again] == [(type(c), c) for c in commands], f"replay differs at {event}")
 
     # ----------------------------------------------------- playing the watchdog
 
@@ -401,6 +399,9 @@ class Simulation:
             self._check(self.deaths[command.task] < most, f"task {command.task} may take down more than {most} workers")
         self.asked[command.task] = command.attempt
 
+    def _act_break(self, command: e.Break) -> None:
+        self._check(bool(command.reason), "the pool breaks and does not say why")
+
     def _act_resolve(self, command: e.Resolve) -> None:
         for task in command.tasks:
             self._check(task in self._finished, f"task {task} is resolved with an answer nobody sent")
@@ -483,9 +484,9 @@ class Simulation:
             return
         if self._starved_since is None:
             self._starved_since = self.now
-        self._check(until - self._starved_since <= BOUND_S or self.core.next_deadline() is not None
-                    and self.core.next_deadline() <= self._starved_since + BOUND_S,  # type: ignore[operator]
-                    "work waits and no worker lives or starts")  # fmt: skip
+        bound, due = self._starved_since + BOUND_S, self.core.next_deadline()
+        helps = due is not None and due <= bound
+        self._check(until <= bound or helps, "work waits and no worker lives or starts")
 
     def _check_limits(self) -> None:
         """No task outlives its limit unnoticed."""
@@ -512,6 +513,7 @@ _ACTS: dict[type, Callable[[Simulation, Any], None]] = {
     e.Began: Simulation._act_began,
     e.Requeue: Simulation._act_requeue,
     e.AskRetry: Simulation._act_ask_retry,
+    e.Break: Simulation._act_break,
     e.Resolve: Simulation._act_resolve,
     e.Fail: Simulation._act_fail,
     e.Close: Simulation._act_close,

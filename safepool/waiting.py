@@ -92,7 +92,7 @@ def _is_enough(done: set[Future[Any]], return_when: str) -> bool:
 def _end_of(timeout: float | None) -> float | None:
     if timeout is None:
         return None
-    if timeout == timeout and not isinstance(timeout, (str, bool)) and timeout < 0:
+    if isinstance(timeout, (int, float)) and timeout < 0:
         timeout = 0  # as the standard library has it: no time at all
     length = seconds(timeout, "timeout", zero=True)
     return None if length is None else monotonic() + length
@@ -122,7 +122,7 @@ class _Watch:
                 if future.done():
                     self.completed.append(future)
                 else:
-                    future._waiters.append(self)
+                    future._waiters.append(self)  # type: ignore[arg-type]  # the protocol is what counts
         self._moved_at = monotonic()
         self._marks = self._look()
 
@@ -181,9 +181,7 @@ class _Watch:
         return sorted(states), [home.progress for home in self._homes.values()]
 
     def unfinished(self, timeout: float | None) -> Unfinished:
-        return Unfinished(
-            f"{self._words()} after {timeout:g} s", unfinished=list(self.pending), seconds=timeout or 0.0
-        )
+        return Unfinished(f"{self._words()} after {timeout:g} s", unfinished=list(self.pending), seconds=timeout or 0.0)
 
     def _words(self) -> str:
         names = [_describe(future) for future, _ in zip(self.pending, range(TOLD))]
@@ -193,8 +191,9 @@ class _Watch:
     def stop(self) -> None:
         for future in self.pending:
             with future._condition:
-                if self in future._waiters:
-                    future._waiters.remove(self)
+                waiters: list[Any] = future._waiters
+                if self in waiters:
+                    waiters.remove(self)
 
 
 def _describe(future: Future[Any]) -> str:

@@ -79,11 +79,19 @@ def _let_go_in_child() -> None:
     _ours_lock = threading.RLock()
 
 
+def _lock_for_fork() -> None:
+    _ours_lock.acquire()  # held by others for a few lines only
+
+
+def _unlock_after_fork() -> None:
+    _ours_lock.release()
+
+
 if "fork" in CAPABILITIES:
     # Scenario: one thread has made a pair and not yet written it down, another one forks.
     os.register_at_fork(
-        before=lambda: _ours_lock.acquire(),
-        after_in_parent=lambda: _ours_lock.release(),
+        before=_lock_for_fork,
+        after_in_parent=_unlock_after_fork,
         after_in_child=_let_go_in_child,
     )
 
