@@ -150,7 +150,8 @@ class Link:
             return ()
         numbers = set(_wire.tickets_in(data))
         # What need not be written any more is not, if it is big; small calls go out, and the worker
-        # passes over them for want of a ticket.  A frame that is half written must go out whole, or the next one would not be understood.
+        # passes over them for want of a ticket.  A frame that is half written must go out whole, or
+        # the next one would not be understood.
         kept = 1 if self._head_is_partial else 0
         head = list(islice(self._out, kept))
         self._out = deque(head + [out for out in islice(self._out, kept, None) if out[0] not in numbers])

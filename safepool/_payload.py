@@ -177,7 +177,7 @@ def _main() -> dict[str, Any]:
 class _Pickler(pickle.Pickler):
     """The C pickler with multiprocessing's own reducers (connections, sockets, bound methods)."""
 
-    dispatch_table: ClassVar[dict[type, Any]] = {}
+    dispatch_table: ClassVar[dict[type, Any]] = {}  # type: ignore[misc]
     made_of: ClassVar[tuple[int, int]] = (0, 0)
 
 

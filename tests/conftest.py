@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -99,20 +100,16 @@ def _descriptors() -> Iterator[str]:
     if not os.path.isdir(folder):
         return
     for number in os.listdir(folder):
-        try:
+        with suppress(OSError):  # the descriptor of the listing itself
             yield f"{number} -> {os.readlink(f'{folder}/{number}')}"
-        except OSError:
-            pass  # that of the listing itself
 
 
 def _kill_leftovers(left: set[tuple[str, str]]) -> None:
     """The next test starts clean."""
     for process in _family():
         if ("process", _words(process)) in left:
-            try:
+            with suppress(psutil.Error):
                 process.kill()
-            except psutil.Error:
-                pass
 
 
 # ----------------------------------------------------------------- for tests

@@ -17,6 +17,10 @@ def echo(value: Any) -> Any:
     return value
 
 
+def size(index: int, data: bytes) -> tuple[int, int]:
+    return index, len(data)
+
+
 def nap(seconds: float, value: Any = None) -> Any:
     time.sleep(seconds)
     return value

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from safepool import SafePoolExecutor
-from tests.pool.tasks import echo
+from tests.pool.tasks import echo, size
 from tests.support import LIMIT_S
 
 TASKS, WORKERS, TASKS_PER_WORKER = 756, 32, 10
@@ -19,10 +19,6 @@ ARGUMENT = bytes(10_000)
 INCIDENT_LIMIT_S = 90.0  # 76 workers, each a new interpreter under "spawn"
 
 MakePool = Callable[..., SafePoolExecutor]
-
-
-def size(index: int, data: bytes) -> tuple[int, int]:
-    return index, len(data)
 
 
 def test_every_world_of_the_tournament_is_played(pool: MakePool, retiring_context: Any) -> None:

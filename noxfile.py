@@ -1,0 +1,45 @@
+"""The checks of the project, on every interpreter it supports: ``nox``, or ``nox -s tests-3.12``."""
+
+from __future__ import annotations
+
+import nox
+
+PYTHONS = ["3.11", "3.12", "3.13"]
+nox.options.sessions = ["lint", "tests"]
+
+
+@nox.session(python="3.11")
+def lint(session: nox.Session) -> None:
+    """Style and types."""
+    session.install(".[dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The default suite."""
+    session.install(".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def slow(session: nox.Session) -> None:
+    """A minute of chaos for each start method, and the long grids."""
+    session.install(".[test]")
+    session.run("pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session(python="3.12")
+def client(session: nox.Session) -> None:
+    """The real client: a negmas and scml tournament in an environment of its own."""
+    session.install(".[test]")
+    session.run("pytest", "-m", "client", "tests/clients", *session.posargs)
+
+
+@nox.session(python="3.11")
+def bench(session: nox.Session) -> None:
+    """The quick benchmark beside the stock pool and Pebble."""
+    session.install(".[bench]")
+    session.run("python", "-m", "benchmarks.quick", *session.posargs)
