@@ -15,14 +15,15 @@ begun; every command is carried out before the next event.
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from . import _events as e
 from ._events import Command, Event, Failure
+from ._records import Task, Worker
 from ._tables import POOL_EDGES, TASK_EDGES, WORKER_EDGES, IllegalTransition, PoolState, TaskState, WorkerState
+from ._timers import Timers
 from .policy import PoolPolicy
 
 W, T, P = WorkerState, TaskState, PoolState
@@ -34,53 +35,12 @@ TERM_GRACE_S = 2.0  # from SIGTERM to SIGKILL
 KILL_AGAIN_S = (1.0, 4.0)  # SIGKILL is repeated once, then the worker is given up (D state)
 ANSWER_LIMIT_S = 10.0  # for a retry policy to think
 RESPAWN_DELAYS_S = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 5.0)  # after failed starts, or idle deaths, in a row
-HURRIED_S = 0.4  # the longest of them while nobody else is there to work
+HURRIED_S = 0.2  # the longest of them while nobody else is there to work: promise 1 has a second in all
 START_FAILURES = 4  # in a row, beyond one per seat: then the pool is broken
 UNBEGUN_DEATHS = 3  # workers that died with the same task next in line: then it is the task
 AHEAD_S = 0.020  # work kept at a worker, so that it never waits for us
 AHEAD_TASKS = 256
 AHEAD_BYTES = 256 * 1024
-
-
-class _Task:
-    # No __slots__: what is only set for the few that need it costs nothing for the many.
-    state = T.QUEUED
-    worker: int | None = None
-    attempt = 1
-    deaths = 0
-    near_deaths = 0
-    ok: bool | None = None  # an outcome that its worker sent; None: ``failure`` tells
-    failure: Failure | None = None
-    wish: Failure | None = None  # to be settled so as soon as its worker lets go of it ...
-    wish_kills = False  # ... and the worker is killed if it does not
-
-    def __init__(self, new: e.NewTask) -> None:
-        self.new = new
-
-    def __repr__(self) -> str:
-        return f"<task {self.new.task} {self.state.value} attempt {self.attempt} at worker {self.worker}>"
-
-
-class _Worker:
-    __slots__ = (
-        "begun", "begun_at", "booted", "ended_by_us", "kills", "left", "number", "ready", "sent", "sent_bytes", "state",
-    )  # fmt: skip
-
-    def __init__(self, number: int, left: int | None) -> None:
-        self.number = number
-        self.state = W.STARTING
-        self.booted = False
-        self.ready = False
-        self.ended_by_us = False  # its death is no surprise
-        self.sent: deque[_Task] = deque()  # in the order in which it will run them
-        self.sent_bytes = 0
-        self.begun = False  # it acknowledged the first of ``sent``
-        self.begun_at = 0.0
-        self.left = left  # tasks it may still be sent
-        self.kills = 0
-
-    def __repr__(self) -> str:
-        return f"<worker {self.number} {self.state.value} has {len(self.sent)}{' begun' if self.begun else ''}>"
 
 
 class Core:
@@ -89,16 +49,15 @@ class Core:
     def __init__(self, policy: PoolPolicy) -> None:
         self._policy = policy
         self._state = P.OPEN
-        self._tasks: dict[int, _Task] = {}
-        self._workers: dict[int, _Worker] = {}
-        self._queue: deque[_Task] = deque()  # may hold settled tasks; they are passed over
+        self._tasks: dict[int, Task] = {}
+        self._workers: dict[int, Worker] = {}
+        self._queue: deque[Task] = deque()  # may hold settled tasks; they are passed over
         self._queued = 0
-        self._idle: dict[int, _Worker] = {}  # the last is the warmest
+        self._idle: dict[int, Worker] = {}  # the last is the warmest
         self._starting = 0
         self._fit = 0  # starting, idle or busy: what can make progress
-        self._timers: list[tuple[float, int, Callable[..., bool], Callable[..., None], tuple[Any, ...]]] = []
-        self._timer_number = 0
-        self._prune_at = 64
+        self._timers = Timers()
+        self._at = self._timers.at
         self._worker_number = 0
         self._failed_starts = 0
         self._idle_deaths = 0  # in a row, without a finished task between them
@@ -126,17 +85,14 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When ``Ticked`` is needed at the latest, in monotonic seconds; None: no timer runs."""
-        timers = self._timers
-        while timers and not timers[0][2](*timers[0][4]):
-            heapq.heappop(timers)
-        return timers[0][0] if timers else None
+        return self._timers.next_deadline()
 
     def snapshot(self) -> e.Snapshot:
         return e.Snapshot(
             self._state.value,
             {number: task.state.value for number, task in self._tasks.items()},
             {number: worker.state.value for number, worker in self._workers.items()},
-            sum(alive(*key) for _, _, alive, _, key in self._timers),
+            len(self._timers.alive()),
             {"queued": self._queued, "failed_starts": self._failed_starts, "mean_s": self._mean_s},
         )
 
@@ -159,7 +115,7 @@ class Core:
 
     def _on_submitted(self, event: e.TasksSubmitted) -> None:
         for new in event.tasks:
-            task = self._tasks[new.task] = _Task(new)
+            task = self._tasks[new.task] = Task(new)
             self._queued += 1
             if self._state is P.BROKEN or self._state is P.CLOSED:
                 self._settle(task, Failure("broken", reason="the pool was already broken or closed"))
@@ -175,7 +131,7 @@ class Core:
         if task is not None:
             self._withdraw(task, Failure("cancelled"), even_running=event.kill)
 
-    def _withdraw(self, task: _Task, why: Failure, *, even_running: bool) -> None:
+    def _withdraw(self, task: Task, why: Failure, *, even_running: bool) -> None:
         """Settle a task before it answers; what runs is killed first if ``even_running``."""
         if task.state in (T.QUEUED, T.BACKOFF, T.ASKED):
             self._settle(task, why)
@@ -185,7 +141,7 @@ class Core:
         elif task.state is T.DOOMED and even_running:
             task.failure = why  # of two reasons to die the later one forbids another attempt
 
-    def _pursue(self, task: _Task) -> None:
+    def _pursue(self, task: Task) -> None:
         """Take the task from its worker, or (if it is wished so) kill the worker, but never for a neighbour.
 
         Scenario 1: (a) the task is sent, (b) the user cancels it, (c) the worker draws its ticket.
@@ -221,7 +177,7 @@ class Core:
                 task.wish = Failure("cancelled")
         self._requeue(worker, event.tasks)
 
-    def _requeue(self, worker: _Worker, numbers: Iterable[int]) -> None:
+    def _requeue(self, worker: Worker, numbers: Iterable[int]) -> None:
         """Put unbegun tasks back to the head of the queue, in their old order, without counting an attempt."""
         unbegun = set(numbers)
         back = [task for task in worker.sent if task.new.task in unbegun]
@@ -251,7 +207,7 @@ class Core:
         if waiting:
             self._out.append(e.Requeue(tuple(waiting)))
 
-    def _settle(self, task: _Task, failure: Failure | None = None) -> None:
+    def _settle(self, task: Task, failure: Failure | None = None) -> None:
         """The end of a task: with ``failure``, or else with the outcome its worker sent."""
         if task.state is T.QUEUED:
             self._queued -= 1
@@ -304,7 +260,7 @@ class Core:
             else:
                 self._move_worker(worker, W.IDLE)
 
-    def _pop_sent(self, worker: _Worker, number: int) -> _Task | None:
+    def _pop_sent(self, worker: Worker, number: int) -> Task | None:
         """The task as it leaves the worker; None for an answer nobody waits for."""
         if not worker.sent or worker.sent[0].new.task != number or worker.sent[0].state is T.DOOMED:
             return None
@@ -315,7 +271,7 @@ class Core:
         worker.begun = False
         return task
 
-    def _task_began(self, worker: _Worker, number: int) -> None:
+    def _task_began(self, worker: Worker, number: int) -> None:
         if not worker.sent or worker.sent[0].new.task != number or worker.sent[0].state is not T.SENT:
             return
         task = worker.sent[0]
@@ -336,7 +292,7 @@ class Core:
         task = self._tasks[number]
         self._withdraw(task, Failure("timeout", task.worker, seconds=task.new.timeout or 0.0), even_running=True)
 
-    def _doom(self, task: _Task, worker: _Worker) -> None:
+    def _doom(self, task: Task, worker: Worker) -> None:
         """The task ends with its worker, which holds nothing else."""
         assert task.wish is not None
         self._move_task(task, T.DOOMED)
@@ -344,7 +300,7 @@ class Core:
         if worker.state is not W.KILLING:
             self._kill(worker)
 
-    def _attempt_failed(self, task: _Task, failure: Failure) -> None:
+    def _attempt_failed(self, task: Task, failure: Failure) -> None:
         """Retry, as far as the policy of the task and the state of the pool allow; or settle."""
         task.worker, task.failure = None, failure
         if failure.kind == "death":
@@ -481,18 +437,18 @@ class Core:
             self._idle_deaths += 1
             self._delay_spawn(self._idle_deaths - 1)
 
-    def _blame_unbegun(self, task: _Task, event: e.WorkerDied) -> None:
+    def _blame_unbegun(self, task: Task, event: e.WorkerDied) -> None:
         # Scenario 4: a call is so big that every worker is killed for its memory while it still reads it.
         # It never begins, is requeued without counting, and would take down workers for ever.
         task.near_deaths += 1
         if task.near_deaths >= UNBEGUN_DEATHS:
             self._settle(task, Failure("poison", event.worker, event.exitcode, deaths=task.near_deaths))
 
-    def _bury(self, worker: _Worker) -> None:
+    def _bury(self, worker: Worker) -> None:
         self._move_worker(worker, W.DEAD)
         del self._workers[worker.number]
 
-    def _retire(self, worker: _Worker) -> None:
+    def _retire(self, worker: Worker) -> None:
         self._move_worker(worker, W.RETIRING)
         worker.ended_by_us = True
         self._out.append(e.AskExit(worker.number))
@@ -505,7 +461,7 @@ class Core:
     def _retire_overdue(self, number: int) -> None:
         self._kill(self._workers[number])
 
-    def _kill(self, worker: _Worker, *, hard: bool = True, ours: bool = True) -> None:
+    def _kill(self, worker: Worker, *, hard: bool = True, ours: bool = True) -> None:
         """A request: only ``WorkerDied`` ends a worker and frees its seat."""
         if worker.state is not W.KILLING:
             self._move_worker(worker, W.KILLING)
@@ -580,7 +536,7 @@ class Core:
             if worker.state is not W.KILLING:
                 self._kill(worker)
 
-    def _empty(self, worker: _Worker) -> None:
+    def _empty(self, worker: Worker) -> None:
         """Its tasks are settled: those it has not begun must not begin between now and its death."""
         if len(worker.sent) > worker.begun:
             self._out.append(e.TakeBack(worker.number))
@@ -599,11 +555,7 @@ class Core:
             self._out.append(e.Close())
 
     def _on_tick(self, event: e.Ticked) -> None:
-        timers = self._timers
-        while timers and timers[0][0] <= self._now:
-            _, _, is_alive, act, key = heapq.heappop(timers)
-            if is_alive(*key):
-                act(*key)
+        self._timers.fire(event.now)
 
     # ------------------------------------------------- who gets what, when
 
@@ -638,10 +590,10 @@ class Core:
         fair = -(-self._queued // self._policy.max_workers)
         return max(1, min(ahead, AHEAD_TASKS, fair))
 
-    def _is_slow(self, worker: _Worker) -> bool:
+    def _is_slow(self, worker: Worker) -> bool:
         return worker.begun and self._now - worker.begun_at >= AHEAD_S
 
-    def _send(self, worker: _Worker, most: int) -> bool:
+    def _send(self, worker: Worker, most: int) -> bool:
         if worker.left is not None:
             most = min(most, worker.left)
         batch: list[int] = []
@@ -689,7 +641,7 @@ class Core:
 
     def _spawn(self) -> None:
         self._worker_number += 1
-        worker = _Worker(self._worker_number, self._policy.max_tasks_per_child)
+        worker = Worker(self._worker_number, self._policy.max_tasks_per_child)
         self._workers[worker.number] = worker
         self._starting += 1
         self._fit += 1
@@ -724,12 +676,12 @@ class Core:
 
     # --------------------------------------------------------------- plumbing
 
-    def _move_task(self, task: _Task, to: TaskState) -> None:
+    def _move_task(self, task: Task, to: TaskState) -> None:
         if to not in TASK_EDGES[task.state]:
             raise IllegalTransition(f"{task!r} may not become {to.value}")
         task.state = to
 
-    def _move_worker(self, worker: _Worker, to: WorkerState) -> None:
+    def _move_worker(self, worker: Worker, to: WorkerState) -> None:
         was = worker.state
         if to not in WORKER_EDGES[was]:
             raise IllegalTransition(f"{worker!r} may not become {to.value}")
@@ -746,15 +698,6 @@ class Core:
         if to not in POOL_EDGES[self._state]:
             raise IllegalTransition(f"a pool that is {self._state.value} may not become {to.value}")
         self._state = to
-
-    def _at(self, when: float, is_alive: Callable[..., bool], act: Callable[..., None], *key: Any) -> None:
-        """Call ``act(*key)`` at ``when``, if ``is_alive(*key)`` still holds then."""
-        if len(self._timers) >= self._prune_at:
-            self._timers = [timer for timer in self._timers if timer[2](*timer[4])]
-            heapq.heapify(self._timers)
-            self._prune_at = 2 * len(self._timers) + 64
-        self._timer_number += 1
-        heapq.heappush(self._timers, (when, self._timer_number, is_alive, act, key))
 
 
 _FIT = frozenset({W.STARTING, W.IDLE, W.BUSY})

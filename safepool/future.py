@@ -20,14 +20,11 @@ from concurrent.futures._base import (
 )
 from concurrent.futures.process import _RemoteTraceback
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from . import _payload
 from ._link import Answer
 from .errors import Attempt, ResultUnreadable, Unfinished, with_attempts
-
-if TYPE_CHECKING:
-    from ._watchdog import Watchdog
 
 LOOK_AFTER_S = 1.0
 _DONE = (CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED)
@@ -42,6 +39,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
+class Home(Protocol):
+    """What a future asks of its pool: the watchdog."""
+
+    progress: int
+
+    def cancel(self, task: int, *, kill: bool = False, wait: bool = False) -> None: ...
+    def check(self) -> None: ...
+    def deliver(self, job: Callable[[], object]) -> None: ...
+    def state_of(self, task: int) -> str: ...
+
+
 class SafeFuture(Future[Any]):
     """What ``submit`` returns.
 
@@ -49,7 +57,7 @@ class SafeFuture(Future[Any]):
     ``Attempt``), ``worker_pid`` (of the worker that runs or last ran it, or None) and ``name``.
     """
 
-    def __init__(self, home: Watchdog, task: int, name: str) -> None:
+    def __init__(self, home: Home, task: int, name: str) -> None:
         # What Future.__init__ sets, but for the Condition.
         self._state = PENDING
         self._result = self._exception = None

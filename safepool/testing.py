@@ -458,8 +458,8 @@ class Simulation:
             self._check(task in self.outcomes or task in snapshot.tasks, f"task {task} is forgotten")
         for number, state in snapshot.workers.items():
             if state == "killing":
-                timed = any(act.__name__ == "_kill_overdue" and key[0] == number and alive(*key)
-                            for _, _, alive, act, key in self.core._timers)  # fmt: skip
+                timers = self.core._timers.alive()
+                timed = any(timer.act.__name__ == "_kill_overdue" and timer.key[0] == number for timer in timers)
                 self._check(timed, f"worker {number} is being killed and no timer watches it")
         for task, count in self.begins.items():
             self._check(count <= 1 + self.retries.get(task, 0), f"task {task} ran {count} times")

@@ -1,0 +1,49 @@
+"""What the core knows of one task and of one worker.  Records; the core alone changes them."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ._events import Failure, NewTask
+from ._tables import TaskState, WorkerState
+
+
+class Task:
+    # No __slots__: what is only set for the few that need it costs nothing for the many.
+    state = TaskState.QUEUED
+    worker: int | None = None
+    attempt = 1
+    deaths = 0
+    near_deaths = 0
+    ok: bool | None = None  # an outcome that its worker sent; None: ``failure`` tells
+    failure: Failure | None = None
+    wish: Failure | None = None  # to be settled so as soon as its worker lets go of it ...
+    wish_kills = False  # ... and the worker is killed if it does not
+
+    def __init__(self, new: NewTask) -> None:
+        self.new = new
+
+    def __repr__(self) -> str:
+        return f"<task {self.new.task} {self.state.value} attempt {self.attempt} at worker {self.worker}>"
+
+
+class Worker:
+    __slots__ = (
+        "begun", "begun_at", "booted", "ended_by_us", "kills", "left", "number", "ready", "sent", "sent_bytes", "state",
+    )  # fmt: skip
+
+    def __init__(self, number: int, left: int | None) -> None:
+        self.number = number
+        self.state = WorkerState.STARTING
+        self.booted = False
+        self.ready = False
+        self.ended_by_us = False  # its death is no surprise
+        self.sent: deque[Task] = deque()  # in the order in which it will run them
+        self.sent_bytes = 0
+        self.begun = False  # it acknowledged the first of ``sent``
+        self.begun_at = 0.0
+        self.left = left  # tasks it may still be sent
+        self.kills = 0
+
+    def __repr__(self) -> str:
+        return f"<worker {self.number} {self.state.value} has {len(self.sent)}{' begun' if self.begun else ''}>"
