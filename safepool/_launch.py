@@ -54,7 +54,9 @@ class WorkerProcess:
             _os.send_signal(self._fd, self.process, hard=hard)
 
     def release(self) -> None:
-        """Give back the descriptor; the worker is dead, or given up."""
+        """Give back the descriptors; the worker is dead, or given up."""
+        # multiprocessing remembers its children, and with them two pipes each, until they are joined.
+        self.process.join(0)
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

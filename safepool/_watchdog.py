@@ -17,7 +17,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from time import monotonic
 from typing import Any
 
@@ -100,6 +100,8 @@ class Watchdog:
         self._mailbox: deque[Call | Callable[[], None]] = deque()
         self._awake = True
         self._closed = threading.Event()
+        self._own = ExitStack()  # the selector and the ends of the wake-up channel
+        self._batch_done: list[threading.Event] = []  # callers to be told at the end of this round
         self._calls: dict[int, Call] = {}
         self._links: dict[int, Link] = {}
         self._pids: dict[int, int] = {}
@@ -205,13 +207,12 @@ class Watchdog:
             if self.thread is not None or self._closed.is_set():
                 return
             try:
-                self._selector = selectors.DefaultSelector()
                 self._wake_w, self._wake_r = _os.open_channel()
-                _os.keep(self._wake_r)
-                self._wake_w.setblocking(False)
-                self._wake_r.setblocking(False)
+                for end in (self._wake_w, _os.keep(self._wake_r)):
+                    self._own.callback(_os.close, end)
+                    end.setblocking(False)
+                self._selector = self._own.enter_context(selectors.DefaultSelector())
                 self._selector.register(self._wake_r, READ, None)
-                self._batch_done: list[threading.Event] = []
                 thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
                 thread.start()
                 self.thread = thread
@@ -521,10 +522,12 @@ class Watchdog:
 
     def _close(self) -> None:
         self._closed.set()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of everything that is not a worker's."""
         self._return_mail()
-        self._selector.close()
-        _os.close(self._wake_r)
-        _os.close(self._wake_w)
+        self._own.close()
         self._side.close()
         self._judges.close()
 
@@ -561,10 +564,10 @@ class Watchdog:
             except Exception:
                 _log.exception("safepool: while killing %r", link)
         self._fail_all(PoolBroken(message, reason=trouble, event_log=log))
+        self._links.clear()
+        self.processes.clear()
         self._closed.set()
-        self._return_mail()
-        self._side.close()
-        self._judges.close()
+        self._let_go()
 
 
 def _judge(call: Call, kind: str, attempt: int, pid: int | None, ended: float) -> float | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import resource
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +121,140 @@ def raise_in_initializer(text: str) -> None:
 
 def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate()]
+
+
+def fork_a_child(seconds: float) -> int:
+    """Leave a child of this worker, made by fork, that sleeps; its pid."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(seconds)
+        os._exit(0)
+    return pid
+
+
+def use_lock(lock: Any) -> None:
+    assert lock.acquire(timeout=LIMIT_S)
+    lock.release()
+
+
+def set_environ(name: str, value: str) -> None:
+    os.environ[name] = value
+
+
+def keywords(**kwargs: Any) -> dict[str, Any]:
+    return kwargs
+
+
+def add(*numbers: int) -> int:
+    return sum(numbers)
+
+
+def fail_at(number: int, bad: int) -> int:
+    if number == bad:
+        raise ValueError(f"item {number}")
+    return number
+
+
+def pool_in_a_pool(method: str | None, values: list[int]) -> list[int]:
+    """The squares of ``values``, by a pool of this worker's own."""
+    import multiprocessing
+
+    from safepool import SafePoolExecutor
+
+    context = None if method is None else multiprocessing.get_context(method)
+    with SafePoolExecutor(1, context) as executor:
+        return list(executor.map(pow, values, [2] * len(values), timeout=LIMIT_S))
+
+
+# ------------------------------------------------- what is hard to send
+
+
+class Unsendable:
+    """Raises ``error`` when it is pickled."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        raise self.error
+
+
+class Unreadable:
+    """Calls ``fn(*args)`` when it is unpickled."""
+
+    def __init__(self, fn: Any, *args: Any) -> None:
+        self.call = fn, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class TwoArguments(Exception):
+    """Cannot be made again from its ``args``."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class Holder(Exception):
+    """Holds something that cannot be pickled."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self.lock = threading.Lock()
+
+
+class Falsy(Exception):
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Frozen(Exception):  # noqa: PLW1641
+    code: int
+
+
+def make(cls: Any, *args: Any) -> Any:
+    return cls(*args)
+
+
+def make_and_raise(cls: Any, *args: Any) -> None:
+    raise cls(*args)
+
+
+def a_lock() -> Any:
+    return threading.Lock()
+
+
+def nested_list(depth: int) -> list[Any]:
+    """A list in a list in a list ..., too deep for a pickle."""
+    outer: list[Any] = []
+    for _ in range(depth):
+        outer = [outer]
+    return outer
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def big(size_bytes: int) -> bytes:
+    return random.Random(size_bytes).randbytes(size_bytes)
+
+
+shared: Any = None
+
+
+def share(*things: Any) -> None:
+    """An initializer: locks and queues travel only so."""
+    global shared
+    shared = things
+
+
+def use_shared(word: str) -> None:
+    lock, queue = shared
+    assert lock.acquire(timeout=LIMIT_S)
+    try:
+        queue.put(word)
+    finally:
+        lock.release()

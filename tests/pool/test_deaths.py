@@ -6,9 +6,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -191,8 +193,9 @@ def test_no_task_runs_twice_and_no_answer_is_lost_when_workers_die_in_between(po
         until(lambda: len(executor._processes) > 0, "a worker")
         done = sum(future.done() for future in futures)
         for pid in tuple(executor._processes)[:1]:
-            os.kill(pid, signal.SIGKILL)
-            kills += 1
+            with suppress(ProcessLookupError):  # that of the last round, not yet buried
+                os.kill(pid, signal.SIGKILL)
+                kills += 1
         until(lambda: sum(future.done() for future in futures) >= min(done + 100, 3000), "100 more are done")
     assert not wait(futures, LIMIT_S).not_done
     lost = [n for n, future in enumerate(futures) if future.exception(0) is not None]
@@ -270,10 +273,10 @@ class Refusal:
 
 
 @pytest.mark.parametrize(
-    ("error", "most"), [(OSError("no process for you"), 20), (ValueError("no process for you"), 1)], ids=repr
+    ("error", "most"), [(OSError("no process for you"), 20), (ValueError("no process for you"), 2)], ids=repr
 )
 def test_a_system_that_starts_no_process_breaks_the_pool(pool: MakePool, error: Exception, most: int) -> None:
-    """A launch that keeps failing is tried some times, one that makes no sense once; then the pool is broken."""
+    """A launch that fails is tried some times, one that makes no sense once per seat; then the pool is broken."""
     refusal = Refusal(error)
     executor = pool(2, refusal)
     began = monotonic()
@@ -299,11 +302,10 @@ def test_an_initializer_that_raises_is_named(pool: MakePool, context: Any, caplo
 
 def test_an_initializer_that_cannot_be_pickled_breaks_the_pool(pool: MakePool) -> None:
     """What can never be sent to a worker is told at the first task, and not tried for ever."""
-    executor = pool(1, initializer=tasks.echo, initargs=(open(os.devnull),))  # noqa: SIM115
+    executor = pool(1, initializer=tasks.echo, initargs=(threading.Lock(),))
     error = error_of(executor.submit(tasks.echo, 1))
     assert type(error) is WorkerStartError
     assert "cannot pickle" in str(error)
-    executor._watchdog._setup.initargs[0].close()
 
 
 def test_a_task_that_kills_its_workers_is_put_in_quarantine(pool: MakePool, tmp_path: Path) -> None:

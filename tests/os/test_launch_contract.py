@@ -1,0 +1,199 @@
+"""The launch verb: whatever starts a worker, it keeps this contract."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+import pytest
+
+import safepool
+from safepool import SafePoolExecutor, WorkerDied, _os, _payload, _wire
+from safepool._launch import ContextLauncher, Launcher, WorkerProcess, default_launcher
+from safepool._worker import Setup
+from tests.pool import tasks
+from tests.support import LIMIT_S, is_gone, until
+
+LAUNCHERS = ("default", "fork", "spawn", "forkserver", "loky")
+
+
+@pytest.fixture(params=LAUNCHERS)
+def launcher(request: pytest.FixtureRequest) -> Launcher:
+    if request.param == "default":
+        return default_launcher("contract")
+    if request.param == "loky":
+        from loky.backend.context import get_context
+
+        return ContextLauncher(get_context("loky"), "contract")
+    return ContextLauncher(multiprocessing.get_context(request.param), "contract")
+
+
+class _Started:
+    """A worker, and a parent that does by hand what a link does."""
+
+    def __init__(self, launcher: Launcher, setup: Setup) -> None:
+        self.channel, theirs = _os.open_channel()
+        self.channel.settimeout(LIMIT_S)
+        try:
+            self.process: WorkerProcess = launcher.launch(theirs, None, setup)
+        finally:
+            theirs.close()
+        self.channel.sendall(self.process.greeting)
+        self._reader = _wire.FrameReader()
+        self._frames: list[_wire.Frame] = []
+
+    def hear(self) -> _wire.Frame:
+        while not self._frames:
+            assert self._reader.read_from(self.channel), "the worker closed its channel"
+            self._frames += self._reader
+        return self._frames.pop(0)
+
+    def call(self, number: int, *call: Any) -> _wire.Frame:
+        fn, *args = call
+        self.channel.sendall(_wire.encode_call(number, _payload.dumps_call(fn, args, {})))
+        assert self.hear()[:2] == (_wire.BEGAN, number)
+        return self.hear()
+
+    def await_death(self) -> int | None:
+        """Until its descriptor says that it is dead; then its exit status."""
+        fd = self.process.fileno()
+        assert fd is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(fd, selectors.EVENT_READ)
+            assert selector.select(LIMIT_S), "its death is not reported"
+        until(lambda: self.process.exitcode() is not None, "its exit status")
+        return self.process.exitcode()
+
+    def close(self) -> None:
+        self.process.kill(hard=True)
+        with suppress(AssertionError):
+            until(self.process.is_dead, "its death")
+        self.process.release()
+        _os.close(self.channel)
+        del self.process  # multiprocessing's object gives back its pipes when nobody has it any more
+
+
+@pytest.fixture
+def worker(launcher: Launcher) -> Iterator[_Started]:
+    started = _Started(launcher, Setup(tasks.set_environ, ("SAFEPOOL_TEST", "set up")))
+    try:
+        assert started.hear()[:2] == (_wire.BOOTED, started.process.pid)
+        assert started.hear()[:2] == (_wire.READY, started.process.pid)
+        yield started
+    finally:
+        started.close()
+
+
+def test_it_is_a_process_of_its_own_that_is_set_up_and_works(worker: _Started) -> None:
+    """The worker speaks from the pid it is said to have, ran its initializer, and answers calls."""
+    assert worker.process.pid != os.getpid()
+    answer = worker.call(1, os.getpid)
+    assert (answer.kind, _payload.loads(answer.body)) == (_wire.RETURNED, worker.process.pid)
+    assert _payload.loads(worker.call(2, os.getenv, "SAFEPOOL_TEST").body) == "set up"
+    assert not worker.process.is_dead()
+    assert worker.process.exitcode() is None
+
+
+def test_it_leaves_when_asked(worker: _Started) -> None:
+    """EXIT ends it with 0, its descriptor tells, and no zombie stays."""
+    worker.channel.sendall(_wire.encode(_wire.Frame(_wire.EXIT)))
+    assert worker.await_death() == 0
+    until(lambda: is_gone(worker.process.pid), "no zombie")
+
+
+def test_it_leaves_when_its_channel_closes(worker: _Started) -> None:
+    """A parent that is gone is noticed by an idle worker."""
+    worker.channel.shutdown(socket.SHUT_RDWR)
+    assert worker.await_death() == 0
+
+
+@pytest.mark.parametrize(("hard", "code"), [(True, -signal.SIGKILL), (False, -signal.SIGTERM)])
+def test_it_can_be_ended(worker: _Started, hard: bool, code: int) -> None:
+    """SIGKILL and SIGTERM reach it, also while it is stopped for the former."""
+    if hard:
+        os.kill(worker.process.pid, signal.SIGSTOP)
+    worker.process.kill(hard=hard)
+    assert worker.await_death() == code
+    worker.process.kill(hard=True)  # of the dead: nothing happens
+
+
+def test_its_exit_code_is_told(worker: _Started) -> None:
+    """os._exit(7) in a task arrives as 7."""
+    worker.channel.sendall(_wire.encode_call(1, _payload.dumps_call(os._exit, [7], {})))
+    assert worker.await_death() == 7
+
+
+def test_its_own_children_do_not_hide_its_death(worker: _Started) -> None:
+    """A child that a task forked inherits what it may; the death of the worker is seen all the same."""
+    child = _payload.loads(worker.call(1, tasks.fork_a_child, 60.0).body)
+    try:
+        began = monotonic()
+        worker.process.kill(hard=True)
+        assert worker.await_death() == -signal.SIGKILL
+        assert monotonic() - began < LIMIT_S / 3
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_can_be_handed_to_the_initializer(launcher: Launcher) -> None:
+    """What pickles only while a process starts (locks, queues) reaches the initializer, as in the stock pool."""
+    if getattr(launcher, "method", "") == "loky":
+        pytest.skip("loky has locks of its own kind")
+    method = getattr(launcher, "method", "fork")
+    lock = multiprocessing.get_context(method).Lock()
+    started = _Started(launcher, Setup(tasks.use_lock, (lock,)))
+    try:
+        assert started.hear().kind == _wire.BOOTED
+        assert started.hear().kind == _wire.READY
+    finally:
+        started.close()
+
+
+def test_what_cannot_be_pickled_is_told_by_the_launch() -> None:
+    """An initializer that cannot travel is an error of the launch, and the same every time: no OSError."""
+    channel, theirs = _os.open_channel()
+    try:
+        with pytest.raises((TypeError, AttributeError)):
+            default_launcher("contract").launch(theirs, None, Setup(abs, (iter([]).__reduce__, channel.makefile)))
+    finally:
+        theirs.close()
+        _os.close(channel)
+
+
+# ------------------------------------------------- a platform that gives less
+
+
+def test_capabilities_say_what_is_not_guaranteed() -> None:
+    """Each capability that can be missing has its sentence."""
+    assert safepool.CAPABILITIES <= set(_os.MISSING)
+    assert all(words for words in _os.MISSING.values())
+
+
+@pytest.fixture
+def poor_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pidfd, and no taking back."""
+    monkeypatch.setattr(_os, "watch", lambda pid: None)
+    monkeypatch.setattr(_os, "CAPABILITIES", frozenset({"fork"}))
+
+
+@pytest.mark.usefixtures("poor_platform")
+@pytest.mark.parametrize("method", ["forkserver", "fork"])
+def test_the_pool_works_without_pidfd_and_tickets(method: str) -> None:
+    """Deaths are found by asking, tasks go out one at a time, and every promise but the speed holds."""
+    with SafePoolExecutor(2, multiprocessing.get_context(method)) as executor:
+        assert list(executor.map(abs, range(-50, 0))) == list(range(50, 0, -1))
+        victim = executor.submit(os._exit, 7)
+        others = [executor.submit(tasks.nap, 0.01, n) for n in range(10)]
+        error = victim.exception(LIMIT_S)
+        assert isinstance(error, WorkerDied)
+        assert error.exitcode == 7
+        assert [future.result(LIMIT_S) for future in others] == list(range(10))
+        slow = executor.options(timeout=0.3).submit(tasks.nap, LIMIT_S)
+        assert isinstance(slow.exception(LIMIT_S), TimeoutError)

@@ -1,0 +1,94 @@
+"""A bug in the pool itself is never a hang: every future fails, with the event log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import pytest
+
+from safepool import PoolBroken, SafePoolExecutor
+from safepool import _events as e
+from safepool._core import Core
+from safepool._tables import IllegalTransition
+from tests.pool import tasks
+from tests.support import LIMIT_S, until
+
+
+class _Faulty(Core):
+    """A core with a bug: it takes an edge that is not in its tables when an event of one kind comes."""
+
+    trips_at: type = e.Received
+
+    def handle(self, event: e.Event) -> list[e.Command]:
+        if type(event) is self.trips_at:
+            raise IllegalTransition("an edge that is not in the table")
+        return super().handle(event)
+
+
+@pytest.mark.parametrize("event", [e.TasksSubmitted, e.WorkerReady, e.Received, e.WorkerDied, e.CancelRequested])
+def test_a_bug_in_the_core_fails_everything_with_the_log(
+    event: type, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever the state machine breaks down, no future waits, submit says so, and nothing is left."""
+    monkeypatch.setattr(_Faulty, "trips_at", event)
+    with caplog.at_level(logging.CRITICAL, "concurrent.futures"):
+        executor = SafePoolExecutor(2)
+        watchdog = executor._watchdog
+        watchdog._core = _Faulty(watchdog._policy)
+        futures = [executor.submit(tasks.nap, 0.05, n) for n in range(6)]
+        futures[5].cancel()
+        if event is e.WorkerDied:
+            until(lambda: executor._processes, "a worker is there")
+            executor.submit(os._exit, 3)
+        broken = [future.exception(LIMIT_S) for future in futures[:5]]
+    told = [error for error in broken if error is not None]
+    assert told
+    for error in told:
+        assert isinstance(error, PoolBroken)
+        assert "an edge that is not in the table" in str(error)
+        assert error.event_log or event is e.TasksSubmitted
+    with pytest.raises(BrokenProcessPool, match="broke down"):
+        executor.submit(abs, 1)
+    assert "please report" in caplog.text
+    executor.shutdown()
+
+
+def test_a_watchdog_that_cannot_start_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread is to be had: the future fails at once."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    executor = SafePoolExecutor(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        error = executor.submit(abs, 1).exception(LIMIT_S)
+    assert isinstance(error, BrokenProcessPool)
+    assert "can't start new thread" in str(error)
+    executor.shutdown()
+
+
+def test_a_fork_of_the_user_may_not_use_the_pool() -> None:
+    """In a child that the program forks, submit and result refuse instead of waiting for ever."""
+    with SafePoolExecutor(1) as executor:
+        future = executor.submit(tasks.nap, 1.0, 5)
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            words = []
+            for attempt in (lambda: executor.submit(abs, 1), lambda: future.result(5)):
+                try:
+                    words.append(repr(attempt()))
+                except BaseException as error:
+                    words.append(type(error).__name__)
+            os.write(writer, " ".join(words).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            assert pipe.read() == "RuntimeError PoolBroken"
+        os.waitpid(pid, 0)
+        assert future.result(LIMIT_S) == 5

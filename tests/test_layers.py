@@ -1,0 +1,109 @@
+"""The house stands as it is drawn: imports point downwards, the core is pure, every file says its law."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "safepool"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+#: From the ground up.  A module may import from floors below its own only.
+FLOORS = [
+    {"errors", "policy", "_tables", "_timers", "_wire", "_payload", "_os", "_side"},
+    {"_events", "_retry", "_worker"},
+    {"_records", "_launch"},
+    {"_core", "_link"},
+    {"future", "testing", "_evidence"},
+    {"waiting", "_watchdog"},
+    {"executor"},
+    {"patching", "_incident"},
+    {"demo"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+PURE = ["_core", "_events", "_tables", "_timers", "_records", "policy"]
+IMPURE = {
+    "os", "time", "threading", "random", "pickle", "socket", "select", "selectors", "signal", "psutil",
+    "multiprocessing", "subprocess", "cloudpickle", "loky", "asyncio",
+}  # fmt: skip
+
+
+def _module(path: Path) -> str:
+    return path.parent.name if path.parent != PACKAGE else path.stem
+
+
+def _imports(path: Path, *, at_start_only: bool) -> set[str]:
+    """The names of the modules that a file imports; ours begin with a dot."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    nodes = _at_start(tree.body) if at_start_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {f".{name}" for name in names}
+    return found
+
+
+def _at_start(body: list[ast.stmt]) -> list[ast.stmt]:
+    """What runs when the module is imported: not what is for type checkers only."""
+    return [node for node in body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
+
+
+def test_every_module_has_its_floor() -> None:
+    """The list of floors names every module of the package, and no other."""
+    assert set().union(*FLOORS) == {_module(path) for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=_module)
+def test_imports_point_downwards(path: Path) -> None:
+    """A module imports only from floors below its own."""
+    floor = next(n for n, modules in enumerate(FLOORS) if _module(path) in modules)
+    below = set().union(*FLOORS[:floor])
+    ours = {name[1:] for name in _imports(path, at_start_only=True) if name.startswith(".")}
+    assert ours <= below, f"{_module(path)} imports {ours - below}, which is not below it"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_core_is_pure(name: str) -> None:
+    """Neither the core nor what it stands on knows of clocks, threads, randomness, pickling or the system."""
+    assert not _imports(PACKAGE / f"{name}.py", at_start_only=False) & IMPURE
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if _module(p) != "_payload"], ids=_module)
+def test_only_one_module_pickles(path: Path) -> None:
+    """What is pickled, and how, is decided in one place."""
+    assert not _imports(path, at_start_only=False) & {"pickle", "cloudpickle"}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if _module(p) != "_os"], ids=_module)
+def test_nobody_else_asks_for_the_platform(path: Path) -> None:
+    """Differences between systems are told by ``CAPABILITIES``; two limits of Windows are the stdlib's own."""
+    allowed = {"executor": 2, "_launch": 2}.get(_module(path), 0)
+    assert path.read_text(encoding="utf-8").count("sys.platform") <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=_module)
+def test_the_first_line_is_the_law(path: Path) -> None:
+    """The first line of every file says, in a sentence, what it is for."""
+    told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert told
+    assert told.splitlines()[0].endswith((".", ":"))
+
+
+def test_importing_safepool_loads_next_to_nothing(tmp_path: Path) -> None:
+    """``import safepool`` leaves everything heavy for the first use of a name."""
+    import subprocess
+
+    code = "import sys, safepool; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    loaded = set(done.stdout.split())
+    heavy = {"loky", "psutil", "tenacity", "cloudpickle", "multiprocessing", "concurrent.futures", "logging", "asyncio"}
+    assert not loaded & heavy
