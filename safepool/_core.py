@@ -49,6 +49,7 @@ class Core:
     def __init__(self, policy: PoolPolicy) -> None:
         self._policy = policy
         self._state = P.OPEN
+        self._broken_by: Failure | None = None
         self._tasks: dict[int, Task] = {}
         self._workers: dict[int, Worker] = {}
         self._queue: deque[Task] = deque()  # may hold settled tasks; they are passed over
@@ -117,9 +118,9 @@ class Core:
         for new in event.tasks:
             task = self._tasks[new.task] = Task(new)
             self._queued += 1
-            if self._state is P.BROKEN or self._state is P.CLOSED:
-                self._settle(task, Failure("broken", reason="the pool was already broken or closed"))
-            elif self._state is P.CANCELLING:
+            if self._broken_by is not None:
+                self._settle(task, self._broken_by)
+            elif self._state is P.CANCELLING or self._state is P.CLOSED:
                 self._settle(task, Failure("cancelled"))
             else:
                 self._queue.append(task)
@@ -373,7 +374,7 @@ class Core:
 
     def _on_unfit(self, event: e.WorkerUnfit) -> None:
         if event.worker in self._workers:
-            self._break(event.reason)
+            self._break(Failure("broken", reason=event.reason))
 
     def _on_spawn_failed(self, event: e.SpawnFailed) -> None:
         worker = self._workers.get(event.worker)
@@ -381,7 +382,7 @@ class Core:
             return
         self._bury(worker)
         if event.fatal:
-            self._break(event.reason)
+            self._break(Failure("broken", reason=event.reason))
         else:
             self._start_failed(event.reason)
 
@@ -390,7 +391,8 @@ class Core:
         self._failed_starts += 1
         limit = self._policy.max_workers + START_FAILURES
         if self._failed_starts >= limit and self._fit == self._starting:
-            self._break(f"{self._failed_starts} workers in a row failed to start; the last: {reason}")
+            reason = f"{self._failed_starts} workers in a row failed to start; the last: {reason}"
+            self._break(Failure("broken", reason=reason))
             return
         self._delay_spawn(self._failed_starts)
 
@@ -428,9 +430,8 @@ class Core:
         if worker.ended_by_us:
             return
         if self._policy.on_worker_death == "break":
-            self._break(
-                "a worker died, and on_worker_death is 'break'", Failure("death", worker.number, event.exitcode)
-            )
+            reason = "a worker died, and on_worker_death is 'break'"
+            self._break(Failure("broken", worker.number, event.exitcode, reason=reason))
         elif not worker.ready:
             self._start_failed(f"worker {worker.number} died before it was ready, exit code {event.exitcode}")
         elif first is None:
@@ -521,14 +522,13 @@ class Core:
             if worker.state is not W.KILLING or event.hard:
                 self._kill(worker, hard=event.hard)
 
-    def _break(self, reason: str, evidence: Failure | None = None) -> None:
+    def _break(self, failure: Failure) -> None:
+        """``failure`` names a worker only if its death alone is the reason."""
         if self._state is P.BROKEN or self._state is P.CLOSED:
             return
         self._move_pool(P.BROKEN)
-        self._out.append(e.Break(reason))
-        failure = Failure("broken", reason=reason)
-        if evidence is not None:
-            failure = failure._replace(worker=evidence.worker, exitcode=evidence.exitcode)
+        self._broken_by = failure
+        self._out.append(e.Break(failure))
         for task in tuple(self._tasks.values()):
             self._settle(task, failure)
         for worker in self._workers.values():

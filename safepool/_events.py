@@ -236,9 +236,9 @@ class AskRetry(NamedTuple):
 
 
 class Break(NamedTuple):
-    """From now on the pool runs nothing; comes before the failures of its tasks."""
+    """From now on the pool runs nothing, and every task fails like this."""
 
-    reason: str
+    failure: Failure
 
 
 class Resolve(NamedTuple):

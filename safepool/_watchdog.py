@@ -87,6 +87,7 @@ class Watchdog:
         self.name = name
         self.processes: dict[int, Any] = {}  # pid -> multiprocessing's process, alive or not yet buried
         self.broken: str | None = None
+        self._broken_by = e.Failure("broken", reason="it was shut down before the task was queued")
         self.thread: threading.Thread | None = None
         self.progress = 0  # counts what moves: begun and finished tasks, workers that got ready
         self._policy = policy
@@ -491,7 +492,8 @@ class Watchdog:
         self._judges.put(judge)
 
     def _act_break(self, command: e.Break) -> None:
-        self.broken = command.reason
+        self._broken_by = command.failure
+        self.broken = command.failure.reason
 
     def _act_resolve(self, command: e.Resolve) -> None:
         for task in command.tasks:
@@ -513,6 +515,10 @@ class Watchdog:
             error = call.error  # the one its retry policy saw
         else:
             error = error_of(failure, call.future, call.options, pid)
+            if call.options.retry is not None and failure.kind in ("death", "poison", "timeout"):
+                # An attempt that its policy was not asked about.
+                cause = "timeout" if failure.kind == "timeout" else "death"
+                call.future.attempts += (Attempt(len(call.future.attempts) + 1, cause, pid, error),)
         call.future.failed(with_attempts(error, call.future.attempts) if call.future.attempts else error)
 
     def _act_close(self, command: e.Close) -> None:
@@ -539,7 +545,8 @@ class Watchdog:
             except IndexError:
                 return
             if isinstance(item, Call):
-                item.future.failed(PoolBroken("the pool was shut down before this task was queued", reason="shutdown"))
+                pid = self._pids.get(self._broken_by.worker or 0)
+                item.future.failed(error_of(self._broken_by, item.future, item.options, pid))
 
     def _fail_all(self, error: PoolBroken) -> None:
         calls, self._calls = self._calls, {}

@@ -400,7 +400,7 @@ class Simulation:
         self.asked[command.task] = command.attempt
 
     def _act_break(self, command: e.Break) -> None:
-        self._check(bool(command.reason), "the pool breaks and does not say why")
+        self._check(bool(command.failure.reason), "the pool breaks and does not say why")
 
     def _act_resolve(self, command: e.Resolve) -> None:
         for task in command.tasks:

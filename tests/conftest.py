@@ -46,6 +46,9 @@ def helpers(scratch: Path) -> None:
         with SafePoolExecutor(1, _context(context)) as executor:
             assert executor.submit(pow, 2, 5).result(LIMIT_S) == 32
     multiprocessing.get_context("spawn").Lock()
+    from loky.backend import resource_tracker
+
+    resource_tracker.ensure_running()
 
 
 @pytest.fixture(autouse=True)

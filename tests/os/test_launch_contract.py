@@ -7,6 +7,7 @@ import os
 import selectors
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from time import monotonic
@@ -161,7 +162,7 @@ def test_what_cannot_be_pickled_is_told_by_the_launch() -> None:
     channel, theirs = _os.open_channel()
     try:
         with pytest.raises((TypeError, AttributeError)):
-            default_launcher("contract").launch(theirs, None, Setup(abs, (iter([]).__reduce__, channel.makefile)))
+            default_launcher("contract").launch(theirs, None, Setup(abs, (threading.Lock(),)))
     finally:
         theirs.close()
         _os.close(channel)

@@ -210,8 +210,13 @@ class Falsy(Exception):
 
 
 @dataclass(frozen=True)
-class Frozen(Exception):  # noqa: PLW1641
+class Frozen(Exception):
     code: int
+
+
+class Closed(Exception):
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise RuntimeError(f"{name} may not be set")
 
 
 def make(cls: Any, *args: Any) -> Any:
@@ -258,3 +263,9 @@ def use_shared(word: str) -> None:
         queue.put(word)
     finally:
         lock.release()
+
+
+def attempt(log: Path) -> int:
+    """The number of this attempt."""
+    note(log, os.getpid())
+    return len(noted(log))
