@@ -33,7 +33,7 @@ RETIRE_GRACE_S = 5.0  # from AskExit to a kill
 STARVED_S = 0.8  # a waiting task without a live or starting worker; under the promised second
 TERM_GRACE_S = 2.0  # from SIGTERM to SIGKILL
 KILL_AGAIN_S = (1.0, 4.0)  # SIGKILL is repeated once, then the worker is given up (D state)
-ANSWER_LIMIT_S = 10.0  # for a retry policy to think
+ANSWER_LIMIT_S = 60.0  # for a retry policy to think, those of other tasks before it included
 RESPAWN_DELAYS_S = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 5.0)  # after failed starts, or idle deaths, in a row
 HURRIED_S = 0.2  # the longest of them while nobody else is there to work: promise 1 has a second in all
 START_FAILURES = 4  # in a row, beyond one per seat: then the pool is broken
@@ -137,7 +137,8 @@ class Core:
         if task.state in (T.QUEUED, T.BACKOFF, T.ASKED):
             self._settle(task, why)
         elif task.state is T.SENT or (task.state is T.RUNNING and even_running):
-            task.wish, task.wish_kills = why, even_running
+            if not task.wish_kills:  # a kill on its way is not taken back by a mere cancel
+                task.wish, task.wish_kills = why, even_running
             self._pursue(task)
         elif task.state is T.DOOMED and even_running:
             task.failure = why  # of two reasons to die the later one forbids another attempt

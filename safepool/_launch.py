@@ -43,11 +43,15 @@ class WorkerProcess:
         return self._fd
 
     def is_dead(self) -> bool:
-        return self._is_gone or self.process.exitcode is not None
+        return self._is_gone or self._is_closed() or self.exitcode() is not None
 
     def exitcode(self) -> int | None:
         """The exit status of a dead worker; None while it is not known (yet)."""
-        return self.process.exitcode  # type: ignore[no-any-return]
+        return None if self._is_closed() else self.process.exitcode
+
+    def _is_closed(self) -> bool:
+        # Users find multiprocessing's object in ``_processes``, and may close() it once it is dead.
+        return bool(getattr(self.process, "_closed", False))
 
     def kill(self, *, hard: bool) -> None:
         if not self._is_gone:
@@ -56,13 +60,14 @@ class WorkerProcess:
     def release(self) -> None:
         """Give back the descriptors; the worker is dead, or given up."""
         # multiprocessing remembers its children, and with them two pipes each, until they are joined.
-        self.process.join(0)
+        if not self._is_closed():
+            self.process.join(0)
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
     def __repr__(self) -> str:
-        return f"<WorkerProcess {self.pid} exitcode={self.process.exitcode}>"
+        return f"<WorkerProcess {self.pid} exitcode={self.exitcode()}>"
 
 
 class Launcher(Protocol):

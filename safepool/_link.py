@@ -177,6 +177,9 @@ class Link:
             pass
         except OSError as error:
             lost = f"its channel broke: {error}"
+        except MemoryError:
+            self._reader = _wire.FrameReader()
+            lost = "what it sent is too big for the memory of this process"
         return self._understand(lost)
 
     def _understand(self, lost: str | None) -> Heard:

@@ -259,9 +259,12 @@ def _set_function_of_main(fn: Any, state: Any) -> None:
 
     main = _main()
     for name, (version, value) in state[1]["__globals__"].items():
-        if version != _given.get(name, 0 if name in main else None):
+        # Not what is older than what it has: a task may be pickled before another one and run after it.
+        if version > _given.get(name, 0 if name in main else -1):
             main[name] = value
-        _given[name] = version
+            _given[name] = version
+        else:
+            _given.setdefault(name, version)
     state[1]["__globals__"] = {}
     _function_setstate(fn, state)
 

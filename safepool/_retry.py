@@ -13,6 +13,9 @@ import tenacity
 from .policy import Retry
 
 
+LONGEST_S = 365 * 86400.0  # a wait of "for ever" is a year
+
+
 class Verdict(NamedTuple):
     """Another attempt after ``delay_s`` seconds, or (None) no more; ``error`` then replaces the outcome."""
 
@@ -54,7 +57,7 @@ class Judge:
         if not isinstance(do, tenacity.DoSleep):
             return Verdict(None)
         self._state.prepare_for_next_attempt()
-        return Verdict(max(0.0, float(do)))
+        return Verdict(min(max(0.0, float(do)), LONGEST_S))
 
 
 def _as_retrying(policy: Retry) -> tenacity.Retrying:

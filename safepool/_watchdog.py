@@ -16,7 +16,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from time import monotonic
 from typing import Any
@@ -36,7 +36,8 @@ from .policy import PoolPolicy, TaskOptions
 EVENTS_KEPT = 1000
 STATUS_LIMIT_S = 0.5  # for the exit status of a dead worker to reach us
 STATUS_AGAIN_S = 0.002
-ANSWER_LIMIT_S = 5.0  # for the watchdog to answer a caller
+ANSWER_LIMIT_S = 2.0  # for the watchdog to answer a caller
+LONGEST_S = 3600.0  # that is slept at a time: a selector takes no more than some weeks
 JOIN_SLICE_S = 1.0
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -75,6 +76,25 @@ PLAIN = TaskOptions()
 DEATHS = 3  # that a task under a tenacity policy may cause, as Retry.deaths
 
 
+class Processes(dict[int, Any]):
+    """pid -> multiprocessing's process; may be gone through while workers come and go."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(tuple(super().keys()))
+
+    def keys(self) -> Any:
+        return tuple(super().keys())
+
+    def values(self) -> Any:
+        return tuple(super().values())
+
+    def items(self) -> Any:
+        return tuple(super().items())
+
+
+_here = threading.local()  # ``is_watchdog`` on the threads that no pool may wait on
+
+
 class Watchdog:
     """The thread of one pool, its core, its workers and its mailbox.
 
@@ -85,7 +105,7 @@ class Watchdog:
         self, policy: PoolPolicy, launcher: Launcher, setup: Setup, name: str, core: Core | None = None
     ) -> None:
         self.name = name
-        self.processes: dict[int, Any] = {}  # pid -> multiprocessing's process, alive or not yet buried
+        self.processes = Processes()  # pid -> multiprocessing's process, alive or not yet buried
         self.broken: str | None = None
         self._broken_by = e.Failure("broken", reason="it was shut down before the task was queued")
         self.thread: threading.Thread | None = None
@@ -132,8 +152,8 @@ class Watchdog:
 
     def ask(self, act: Callable[[], None]) -> None:
         """Like ``post``, and wait until it is done, for at most ``ANSWER_LIMIT_S``."""
-        if self.thread is None or self._closed.is_set() or threading.current_thread() is self.thread:
-            # (The garbage collector may run a user's finalizer on any thread, this one included.)
+        if self.thread is None or self._closed.is_set() or getattr(_here, "is_watchdog", False):
+            # (The garbage collector may run a user's finalizer on any thread, a watchdog's included.)
             self.post(act)
             return
         answered = threading.Event()
@@ -180,7 +200,7 @@ class Watchdog:
 
     def is_own_thread(self) -> bool:
         """Is this thread one that the pool itself needs in order to end?"""
-        return threading.current_thread() is self.thread or self._side.is_current() or self._judges.is_current()
+        return getattr(_here, "is_watchdog", False) or self._side.is_current() or self._judges.is_current()
 
     def is_fork(self) -> bool:
         """Are we in a child that the user's process forked?  Then the pool is not ours to use."""
@@ -215,8 +235,8 @@ class Watchdog:
                 self._selector = self._own.enter_context(selectors.DefaultSelector())
                 self._selector.register(self._wake_r, READ, None)
                 thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
-                thread.start()
                 self.thread = thread
+                thread.start()
             except (RuntimeError, OSError) as error:
                 self._crashed(f"it could not be started: {error}")
 
@@ -228,6 +248,7 @@ class Watchdog:
     # ---------------------------------------------------------- the thread
 
     def _run(self) -> None:
+        _here.is_watchdog = True
         try:
             if hasattr(signal, "pthread_sigmask"):
                 # Workers start with SIGINT held back until they have a handler for it.
@@ -276,7 +297,7 @@ class Watchdog:
         if len(self._watched) < len(self._links):
             moments.append(now + _os.ASK_AGAIN_S)
         known = [moment for moment in moments if moment is not None]
-        return max(0.0, min(known) - now) if known else None
+        return min(max(0.0, min(known) - now), LONGEST_S) if known else None
 
     def _empty_wake_pipe(self) -> None:
         with suppress(OSError):
@@ -399,7 +420,7 @@ class Watchdog:
         worker = command.worker
         try:
             link = Link(worker, self._launcher, self._setup, take_back=self._policy.take_back)
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, EOFError) as error:
             reason = f"worker {worker} could not be launched: {type(error).__name__}: {error}"
             self._events.append(e.SpawnFailed(monotonic(), worker, reason))
             return

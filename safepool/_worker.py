@@ -132,17 +132,17 @@ class _Link:
 
 def _prepare(link: _Link, setup: Setup | None) -> bool:
     """Run the initializer.  False: it failed, and the parent knows."""
+    frame = link.next_frame() if setup is None else None
     try:
-        if setup is None:
+        if frame is not None:
             _payload.own_main()
-            environ, setup = _payload.loads(link.next_frame().body)
+            environ, setup = _payload.loads(frame.body)
             if os.environ != environ:
                 os.environ.clear()
                 os.environ.update(environ)
+        assert setup is not None
         if setup.initializer is not None:
             setup.initializer(*setup.initargs)
-    except (EOFError, ConnectionError):
-        raise
     except BaseException as error:
         import logging
 
@@ -189,7 +189,7 @@ def _run(frame: Frame) -> _Answer:
         result = [task.fn(*one) for one in task.args] if task.is_chunk else task.fn(*task.args, **task.kwargs)
     except BaseException as error:
         answer = _failure(number, error, perf_counter() - began)
-        error.__traceback__ = None  # its frames hold the arguments
+        error.with_traceback(None)  # its frames hold the arguments
         return answer
     run_s = perf_counter() - began
     del task

@@ -46,13 +46,13 @@ class _Facts:
         self.__dict__.update(facts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, self.__dict__)  # type: ignore[attr-defined]
+        # The facts as state: they may lead back to this very error.
+        return _rebuild, (type(self), self.args), self.__dict__  # type: ignore[attr-defined]
 
 
-def _rebuild(cls: type[BaseException], args: tuple[Any, ...], facts: dict[str, Any]) -> BaseException:
+def _rebuild(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
     error = cls.__new__(cls)
     error.args = args
-    error.__dict__.update(facts)
     return error
 
 
@@ -112,7 +112,7 @@ class Unfinished(_Facts, TimeoutError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         facts = {k: v for k, v in self.__dict__.items() if k != "unfinished"}  # futures do not travel
-        return _rebuild, (type(self), self.args, facts)
+        return _rebuild, (type(self), self.args), facts
 
 
 class Stalled(Unfinished):
@@ -137,8 +137,9 @@ def with_attempts(error: BaseException, attempts: Iterable[Attempt]) -> BaseExce
     told = tuple(attempts)
     if len(told) > 1:
         for attempt in told[:-1]:
-            error.add_note(f"safepool: {attempt}")
-    # An exception with __slots__, or a frozen one, refuses: the notes tell the same.
-    with suppress(AttributeError, TypeError):
+            with suppress(Exception):
+                error.add_note(f"safepool: {attempt}")
+    # An exception with __slots__, or a frozen one, may refuse either.
+    with suppress(Exception):
         error.attempts = told  # type: ignore[attr-defined]
     return error

@@ -18,7 +18,7 @@ from ._launch import ContextLauncher, default_launcher
 from ._watchdog import Call, Watchdog
 from ._worker import Setup
 from .errors import PoolBroken
-from .future import SafeFuture, remote_traceback
+from .future import SafeFuture, blame, remote_traceback
 from .policy import MAX_WINDOWS_WORKERS, OnWorkerDeath, PoolPolicy, TaskOptions
 
 _tasks = itertools.count(1)
@@ -121,6 +121,8 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             raise TypeError("initializer must be a callable")
         if not (name is None or isinstance(name, str)):
             raise TypeError(f"name must be a str or None; got {name!r}")
+        if not isinstance(initargs, Iterable):
+            raise TypeError(f"initargs must be a tuple of arguments; got {initargs!r}")
         workers = _how_many(max_workers)
         _check_turnover(max_tasks_per_child, mp_context)
         name = name or f"safepool-{next(_pools)}"
@@ -188,10 +190,10 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         ``wait``: return when all of it is done, every worker is gone and every callback has run.
         May be called again, from any thread, and from a callback (which then does not wait).
         """
+        if self._watchdog.is_fork():
+            return  # before the lock: a thread that is not in this child may have held it
         with self._lock:
             self._shutdown_thread = True
-        if self._watchdog.is_fork():
-            return
         self._watchdog.shutdown(cancel=cancel_futures)
         if wait:
             self._watchdog.join()
@@ -295,7 +297,7 @@ def _fail_unsent(future: SafeFuture, error: BaseException) -> None:
     if error.__cause__ is None:
         import traceback
 
-        error.__cause__ = remote_traceback("".join(traceback.format_exception(error)))
+        blame(error, remote_traceback("".join(traceback.format_exception(error))))
     future.failed(error)
 
 
@@ -336,6 +338,7 @@ def _next_result(waiting: deque[Future[Any]], end: float | None) -> Any:
 
 _exiting = False
 _registered = False
+_old_error: object = None
 _live: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 EXIT_AFTER_ERROR_S = 2.0  # for running tasks, when the program ends because of an exception
 EXIT_KILL_S = 5.0  # for killed workers to be gone
@@ -343,7 +346,7 @@ EXIT_KILL_S = 5.0  # for killed workers to be gone
 
 def _at_exit_end(watchdog: Watchdog) -> None:
     """Have this pool ended before the interpreter stops its threads.  Raises ``RuntimeError`` if it is too late."""
-    global _registered
+    global _registered, _old_error
     if not _registered:
         try:
             # Plain atexit runs after the threads were joined, which is too late to finish work.
@@ -351,14 +354,20 @@ def _at_exit_end(watchdog: Watchdog) -> None:
         except RuntimeError:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown") from None
         _registered = True
+        _old_error = _last_error()
     _live.add(watchdog)
+
+
+def _last_error() -> object:
+    """The uncaught exception that ends the program; a debugger or a test runner may have left an older one."""
+    return getattr(sys, "last_value", None)
 
 
 def _end_all() -> None:
     """Submitted work is run to its end; but after an exception, or Ctrl-C, stuck tasks do not hold the exit."""
     global _exiting
     _exiting = True
-    failed = getattr(sys, "last_exc", None) is not None or getattr(sys, "last_value", None) is not None
+    failed = _last_error() is not _old_error and not hasattr(sys, "ps1")
     mine = [watchdog for watchdog in tuple(_live) if not watchdog.is_fork()]
     try:
         for watchdog in mine:

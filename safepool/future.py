@@ -7,7 +7,7 @@ for a pool that is gone.
 
 from __future__ import annotations
 
-import os
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -30,15 +30,6 @@ LOOK_AFTER_S = 1.0
 _DONE = (CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED)
 
 
-# One lock for the state of all our futures, and a Condition only for a future that somebody waits
-# for: a Condition each is most of what a future costs, in time and for the garbage collector.  The
-# lock is held for a few assignments, never while waiting or calling anybody.
-_lock = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    # Scenario: one thread holds the lock, another one forks; the child would wait for ever.
-    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
-
-
 class Home(Protocol):
     """What a future asks of its pool: the watchdog."""
 
@@ -58,7 +49,10 @@ class SafeFuture(Future[Any]):
     """
 
     def __init__(self, home: Home, task: int, name: str) -> None:
-        # What Future.__init__ sets, but for the Condition.
+        # What Future.__init__ sets, but for the Condition, which is most of what a future costs: it is
+        # made when somebody waits.  The lock is this future's own: the stdlib's wait() takes the locks
+        # of several futures in an order that it can only keep if no two of them share one.
+        self._lock = threading.RLock()
         self._state = PENDING
         self._result = self._exception = None
         self._waiters: list[Any] = []
@@ -75,9 +69,10 @@ class SafeFuture(Future[Any]):
     @property
     def _condition(self) -> threading.Condition:  # type: ignore[override]
         if self._own_condition is None:
-            with _lock:
+            fresh = threading.Condition(self._lock)
+            with self._lock:
                 if self._own_condition is None:
-                    self._own_condition = threading.Condition(_lock)
+                    self._own_condition = fresh
         return self._own_condition
 
     def __str__(self) -> str:
@@ -156,7 +151,7 @@ class SafeFuture(Future[Any]):
         if answer is None:
             return
         value, error = self._unpickle(answer)
-        with _lock:
+        with self._lock:
             if self._answer is not None:  # else another thread was faster, and its object is the one
                 self._answer, self._result, self._exception = None, value, error
 
@@ -172,13 +167,13 @@ class SafeFuture(Future[Any]):
                 task=str(self),
                 pid=self.worker_pid,
             )
-            lost.__cause__ = remote_traceback(text) if text else error
+            blame(lost, remote_traceback(text) if text else error)
             return None, lost
         if answer.ok:
             return value, None
         if not isinstance(value, BaseException):  # whatever a __reduce__ of the user's made of it
             value = ResultUnreadable(f"the exception of {self} came back as {value!r}", task=str(self))
-        value.__cause__ = remote_traceback(answer.text.decode(errors="replace"))
+        blame(value, remote_traceback(answer.text.decode(errors="replace")))
         return None, with_attempts(value, self.attempts) if self.attempts else value
 
     # ---------------------------------------------------------- stopping
@@ -188,18 +183,19 @@ class SafeFuture(Future[Any]):
 
         A task that was sent to a worker is taken back if the worker has not begun it.
         """
-        with _lock:
+        with self._lock:
             if self._state in (CANCELLED, CANCELLED_AND_NOTIFIED):
                 return True
             if self._state != PENDING:
                 return False
-            if not self._sent:
+            sent = self._sent
+            if not sent:
                 self._end(CANCELLED_AND_NOTIFIED)
-        if self._sent:
+        if sent:
             self._home.cancel(self._task, wait=True)
             return self.cancelled()
         self._home.cancel(self._task)
-        super()._invoke_callbacks()  # type: ignore[misc]
+        self._call_callbacks()
         return True
 
     def kill(self) -> bool:
@@ -216,43 +212,46 @@ class SafeFuture(Future[Any]):
 
     def claim(self) -> bool:
         """About to be sent.  False: it was cancelled first."""
-        with _lock:
+        with self._lock:
             if self._state != PENDING:
                 return False
             self._sent = True
             return True
 
     def begin(self, pid: int | None) -> None:
-        with _lock:
+        with self._lock:
             self.worker_pid = pid
             if self._state == PENDING:
                 self._state = RUNNING
 
     def requeue(self) -> None:
-        with _lock:
+        with self._lock:
             if self._state not in _DONE:
                 self._state = PENDING
                 self._sent = False
 
     def answered(self, answer: Answer) -> None:
-        with _lock:
-            if self._state not in _DONE:
-                self.worker_pid = answer.pid
-                self._answer = answer
-                self._end(FINISHED, failed=not answer.ok)
+        with self._lock:
+            if self._state in _DONE:
+                return
+            self.worker_pid = answer.pid
+            self._answer = answer
+            self._end(FINISHED, failed=not answer.ok)
         self._invoke_callbacks()
 
     def failed(self, error: BaseException) -> None:
-        with _lock:
-            if self._state not in _DONE:
-                self._exception = error
-                self._end(FINISHED, failed=True)
+        with self._lock:
+            if self._state in _DONE:
+                return
+            self._exception = error
+            self._end(FINISHED, failed=True)
         self._invoke_callbacks()
 
     def cancelled_by_pool(self) -> None:
-        with _lock:
-            if self._state not in _DONE:
-                self._end(CANCELLED_AND_NOTIFIED)
+        with self._lock:
+            if self._state in _DONE:
+                return
+            self._end(CANCELLED_AND_NOTIFIED)
         self._invoke_callbacks()
 
     def _end(self, state: str, failed: bool = False) -> None:
@@ -270,7 +269,19 @@ class SafeFuture(Future[Any]):
 
     def _invoke_callbacks(self) -> None:
         if self._done_callbacks:
-            self._home.deliver(super()._invoke_callbacks)  # type: ignore[misc]
+            self._home.deliver(self._call_callbacks)
+
+    def _call_callbacks(self) -> None:
+        for callback in self._done_callbacks:
+            try:
+                callback(self)
+            except BaseException:  # SystemExit of one is not to keep the others from being called
+                logging.getLogger("concurrent.futures").exception("exception calling callback for %r", self)
+
+
+def blame(error: BaseException, cause: BaseException) -> None:
+    """Set ``__cause__``, also on exceptions that allow no attribute to be set."""
+    vars(BaseException)["__cause__"].__set__(error, cause)
 
 
 def remote_traceback(text: str) -> BaseException:

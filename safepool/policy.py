@@ -41,12 +41,13 @@ class Retry:
         whole(self.deaths, "deaths", least=1)
         if isinstance(self.on, str) or not set(self.on) <= set(CAUSES):
             raise ValueError(f"on must be a tuple of {', '.join(map(repr, CAUSES))}; got {self.on!r}")
-        if not callable(self.errors) and not (
-            isinstance(self.errors, tuple) and all(isinstance(e, type) for e in self.errors)
+        classes = self.errors if isinstance(self.errors, tuple) else (self.errors,)
+        if any(isinstance(e, type) and not issubclass(e, BaseException) for e in classes) or not (
+            callable(self.errors) or all(isinstance(e, type) for e in classes)
         ):
             raise TypeError(f"errors must be exception classes or a function of the exception; got {self.errors!r}")
-        if not callable(self.wait):
-            seconds(self.wait, "wait", zero=True)
+        if not callable(self.wait) and seconds(self.wait, "wait", zero=True) is None:
+            raise ValueError("wait must be a finite number of seconds")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ what is unfinished and in which state; and once a second a look after the pools 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION, Future
 from concurrent.futures._base import DoneAndNotDoneFutures
@@ -38,13 +39,11 @@ def as_completed(
 def _as_they_come(watch: _Watch, timeout: float | None, end: float | None) -> Iterator[Future[Any]]:
     try:
         while watch.pending:
+            watch.wait(end)
             if not watch.completed:
-                watch.wait(end)
-            if not watch.completed and end is not None and monotonic() >= end:
                 raise watch.unfinished(timeout)
             while watch.completed:
-                watch.pending.discard(watch.completed[0])
-                yield watch.completed.pop(0)
+                yield watch.completed.popleft()
     finally:
         watch.stop()
 
@@ -70,8 +69,8 @@ def wait(
     try:
         done: set[Future[Any]] = set()
         while True:
+            watch.collect()
             done.update(watch.completed)
-            watch.pending.difference_update(watch.completed)
             watch.completed.clear()
             if not watch.pending or (return_when != ALL_COMPLETED and _is_enough(done, return_when)):
                 break
@@ -111,45 +110,48 @@ class _Watch:
 
     def __init__(self, futures: set[Future[Any]], stall_timeout: float | None) -> None:
         self._stall_s = None if stall_timeout is None else seconds(stall_timeout, "stall_timeout")
-        self._event = threading.Event()
-        self._lock = threading.Lock()
-        self._reported: list[Future[Any]] = []
-        self.completed: list[Future[Any]] = []
+        self._news = threading.Condition()  # re-entrant: a finalizer may cancel a future anywhere
+        self._reported: deque[Future[Any]] = deque()
+        self.completed: deque[Future[Any]] = deque()
         self.pending = set(futures)
         self._homes = {id(f._home): f._home for f in futures if hasattr(f, "_home")}
         for future in futures:
             with future._condition:
                 if future.done():
-                    self.completed.append(future)
+                    self._reported.append(future)
                 else:
                     future._waiters.append(self)  # type: ignore[arg-type]  # the protocol is what counts
         self._moved_at = monotonic()
         self._marks = self._look()
 
     def _add(self, future: Future[Any]) -> None:
-        with self._lock:
-            self._reported.append(future)
-        self._event.set()
+        self._reported.append(future)
+        with self._news:
+            self._news.notify_all()
 
     add_result = add_exception = add_cancelled = _add
 
     def wait(self, end: float | None) -> None:
         """Until something completed, or ``end``; fills ``completed``.  Raises ``Stalled``."""
-        while not self._collect():
+        while not self.collect():
             now = monotonic()
             if end is not None and now >= end:
                 return
             slice_s = LOOK_AFTER_S if self._stall_s is None else min(LOOK_AFTER_S, self._stall_s / 4)
             if end is not None:
                 slice_s = min(slice_s, end - now)
-            if not self._event.wait(max(0.0, slice_s)):
+            with self._news:
+                heard = bool(self._reported) or self._news.wait(max(0.0, slice_s))
+            if not heard:
                 self._look_after()
 
-    def _collect(self) -> bool:
-        with self._lock:
-            self._event.clear()
-            self.completed += [future for future in self._reported if future in self.pending]
-            self._reported.clear()
+    def collect(self) -> bool:
+        """Move what was reported from ``pending`` to ``completed``; is there any?"""
+        while self._reported:
+            future = self._reported.popleft()
+            if future in self.pending:  # else it was found by ``_look_after``, and is reported too
+                self.pending.discard(future)
+                self.completed.append(future)
         if self.completed:
             self._moved_at = monotonic()
         return bool(self.completed)

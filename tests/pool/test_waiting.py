@@ -31,7 +31,8 @@ def test_a_mixture_completes(pool: Pool) -> None:
 
 def test_all_come_out_each_once(pool: Pool) -> None:
     """Of many futures each is yielded once, and nothing of them is kept."""
-    futures = {pool(2).submit(tasks.echo, n) for n in range(300)}
+    executor = pool(2)
+    futures = {executor.submit(tasks.echo, n) for n in range(300)}
     results = [future.result(0) for future in as_completed(futures, timeout=LIMIT_S)]
     assert sorted(results) == list(range(300))
     assert not any(future._waiters for future in futures)
@@ -130,7 +131,8 @@ def test_a_cancelled_foreign_future_that_nobody_announces_is_seen() -> None:
 
 def test_the_standard_library_waits_for_ours(pool: Pool) -> None:
     """concurrent.futures.as_completed and wait work on our futures."""
-    futures = [pool(2).submit(abs, -n) for n in range(20)]
+    executor = pool(2)
+    futures = [executor.submit(abs, -n) for n in range(20)]
     assert {f.result(0) for f in concurrent.futures.as_completed(futures, timeout=LIMIT_S)} == set(range(20))
     assert concurrent.futures.wait(futures, timeout=LIMIT_S).not_done == set()
 
