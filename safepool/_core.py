@@ -38,6 +38,9 @@ RESPAWN_DELAYS_S = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 5.0)  # after failed sta
 HURRIED_S = 0.2  # the longest of them while nobody else is there to work: promise 1 has a second in all
 START_FAILURES = 4  # in a row, beyond one per seat: then the pool is broken
 UNBEGUN_DEATHS = 3  # workers that died with the same task next in line: then it is the task
+ACK_LIMIT_S = 10.0  # for an idle worker to begin what it is sent; after that it is frozen
+READ_BYTES_PER_S = 1e6  # and more time for big calls
+PURSUE_AGAIN_S = 1.0
 AHEAD_S = 0.020  # work kept at a worker, so that it never waits for us
 AHEAD_TASKS = 256
 AHEAD_BYTES = 256 * 1024
@@ -170,7 +173,25 @@ class Core:
                 task.wish = None  # it has begun: too late to cancel
             elif task.wish is not None and len(worker.sent) == 1:
                 self._doom(task, worker)
-            # else: its answer is on the way, or it is about to begin; ``_task_began`` pursues it then
+            elif task.wish is not None:
+                # Its answer is on the way, or it is about to begin and ``_task_began`` pursues it.
+                # Scenario 5: but a worker that is stopped just now (SIGSTOP) does neither.
+                due = self._now + PURSUE_AGAIN_S
+                self._at(due, self._is_wished, self._pursue_again, task.new.task, task.attempt)
+
+    def _is_wished(self, number: int, attempt: int) -> bool:
+        task = self._tasks.get(number)
+        return task is not None and task.attempt == attempt and task.wish is not None and task.worker is not None
+
+    def _pursue_again(self, number: int, attempt: int) -> None:
+        """The worker is killed; what it has not begun is requeued, and wishes are granted then."""
+        task = self._tasks[number]
+        assert task.worker is not None
+        worker = self._workers[task.worker]
+        if worker.sent[0] is task:
+            self._doom(task, worker)
+        elif worker.state is not W.KILLING:
+            self._kill(worker)
 
     def _on_withheld(self, event: e.Withheld) -> None:
         worker = self._workers[event.worker]
@@ -256,6 +277,8 @@ class Core:
             self._mean_s = event.run_s if mean is None else max(event.run_s, 0.8 * mean + 0.2 * event.run_s)
         if event.begun is not None:
             self._task_began(worker, event.begun)
+        if worker.state is W.BUSY and worker.sent and not worker.begun:
+            self._await_start(worker)
         if worker.state is W.BUSY and not worker.sent:
             if worker.left == 0:
                 self._retire(worker)
@@ -426,7 +449,7 @@ class Core:
             why = first.failure if doomed else Failure("death", worker.number, event.exitcode)
             assert why is not None
             self._attempt_failed(first, why)
-        elif first is not None and first.state is T.QUEUED:
+        elif first is not None and first.state is T.QUEUED and not worker.ended_by_us:
             self._blame_unbegun(first, event)
         if worker.ended_by_us:
             return
@@ -618,8 +641,30 @@ class Core:
                 worker.left -= len(batch)
             if worker.state is W.IDLE:
                 self._move_worker(worker, W.BUSY)
+                self._await_start(worker)
             self._out.append(e.Send(worker.number, tuple(batch)))
         return bool(batch)
+
+    def _await_start(self, worker: Worker) -> None:
+        """Scenario 6: an idle worker is stopped, or stuck, and gets a task, whose timeout never starts."""
+        worker.quiet_since = self._now
+        if not worker.start_is_awaited:
+            worker.start_is_awaited = True
+            self._at(self._now + ACK_LIMIT_S, self._is_here, self._look_for_start, worker.number)
+
+    def _is_here(self, number: int) -> bool:
+        return number in self._workers
+
+    def _look_for_start(self, number: int) -> None:
+        worker = self._workers[number]
+        worker.start_is_awaited = False
+        if worker.state is W.BUSY and worker.sent[0].state is T.SENT:
+            due = worker.quiet_since + ACK_LIMIT_S + worker.sent_bytes / READ_BYTES_PER_S
+            if self._now >= due:
+                self._kill(worker)
+            else:
+                worker.start_is_awaited = True
+                self._at(due, self._is_here, self._look_for_start, number)
 
     def _man_the_seats(self) -> None:
         """Promise 1: a task that waits has a worker that lives or starts.  And a seat once manned stays so."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from . import _os, _wire
 from ._launch import Launcher
+from ._payload import Payload
 from ._wire import Frame
 from ._worker import Setup
 
@@ -91,13 +92,13 @@ class Link:
 
     # ----------------------------------------------------------------- out
 
-    def send(self, calls: Iterable[tuple[int, bytes]]) -> None:
+    def send(self, calls: Iterable[tuple[int, Payload]]) -> None:
         """Queue these (task, payload) pairs, tickets first; ``flush`` writes them."""
         number = first = self._number + 1
         small: list[bytes] = []
         for task, payload in calls:
             self._sent[number] = task
-            frame = _wire.encode_call(number, payload)
+            frame = _wire.encode_call(number, payload.data, payload.function)
             if len(frame) < SMALL_BYTES:
                 small.append(frame)
             else:

@@ -9,7 +9,9 @@ guard is asked for.  In a worker all of it shares one ``__main__`` namespace, as
 
 from __future__ import annotations
 
+import builtins
 import copyreg
+import functools
 import io
 import itertools
 import os
@@ -25,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
 MOST_FUNCTIONS = 512  # that a worker keeps loaded
-_HEAD = struct.Struct("<BI")  # flags, length of the pickled function
+_HEAD = struct.Struct("<BQ")  # flags, length of the pickled arguments; they and the function follow
 _KEEP, _CHUNK = 1, 2
 _MAIN = b"main__"  # of "__main__", and of "__mp_main__", as multiprocessing calls it in its children
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
@@ -41,21 +43,34 @@ class Task(NamedTuple):
     is_chunk: bool
 
 
-def dumps_call(fn: Any, args: Any, kwargs: dict[str, Any], *, chunk: bool = False) -> bytes:
+class Payload(NamedTuple):
+    """A pickled call: ``function`` is shared by all calls of it, so that a queue of them stays small."""
+
+    function: bytes
+    data: bytes
+
+    def size_bytes(self) -> int:
+        return len(self.function) + len(self.data)
+
+
+SPENT = Payload(b"", b"")
+
+
+def dumps_call(fn: Any, args: Any, kwargs: dict[str, Any], *, chunk: bool = False) -> Payload:
     """Pickle a call.  Raises whatever pickling raises."""
     function, keep = _dumps_function(fn)
     if not kwargs and not chunk and _are_plain(args):
         data = pickle.dumps((args, kwargs), PROTOCOL)  # half the cost of a pickler that knows more
     else:
         data = dumps(args if chunk else (args, kwargs))
-    return _HEAD.pack(_KEEP * keep + _CHUNK * chunk, len(function)) + function + data
+    return Payload(function, _HEAD.pack(_KEEP * keep + _CHUNK * chunk, len(data)) + data)
 
 
 def loads_call(body: bytes) -> Task:
     """In the worker.  Raises whatever unpickling raises."""
     flags, length = _HEAD.unpack_from(body)
-    start = _HEAD.size
-    function = body[start : start + length]
+    end = _HEAD.size + length
+    function = body[end:]
     fn = _functions.get(function, _absent)
     if fn is _absent:
         fn = pickle.loads(function)
@@ -64,7 +79,7 @@ def loads_call(body: bytes) -> Task:
                 _functions.clear()
             _functions[function] = fn
     with memoryview(body) as view:
-        rest = pickle.loads(view[start + length :])
+        rest = pickle.loads(view[_HEAD.size : end])
     if flags & _CHUNK:
         return Task(fn, rest, {}, True)
     args, kwargs = rest
@@ -112,10 +127,11 @@ def own_main() -> None:
 
 
 class _Sent(NamedTuple):
-    """A pickled function, good for as long as ``names`` in ``__main__`` still are these ``values``."""
+    """A pickled function, good for as long as what it was made of is the same."""
 
     data: bytes
-    names: tuple[str, ...]
+    made_of: tuple[Any, ...]
+    names: tuple[str, ...]  # in ``__main__``, and there or not
     values: tuple[Any, ...]
 
 
@@ -125,41 +141,61 @@ _sent: weakref.WeakKeyDictionary[Any, _Sent] = weakref.WeakKeyDictionary()
 
 def _dumps_function(fn: Any) -> tuple[bytes, bool]:
     """The pickle of ``fn``, and whether a worker may keep what it loads: not if it carries state."""
-    if not _is_stateless(fn):
+    if type(fn) is types.BuiltinFunctionType:
+        if fn.__self__ is not None and type(fn.__self__) is not types.ModuleType:
+            return dumps(fn), False
+        made_of: tuple[Any, ...] = ()
+    elif type(fn) is types.FunctionType and fn.__closure__ is None and not fn.__dict__:
+        made_of = (fn.__code__, fn.__defaults__, fn.__kwdefaults__)
+    else:
         return dumps(fn), False
     known = _sent.get(fn)
-    if known is None or (known.names and not _is_current(known)):
-        names = tuple(_names_in_main(fn))
-        known = _sent[fn] = _Sent(dumps(fn), names, tuple(map(_main().get, names)))
-    return known.data, True
-
-
-def _is_stateless(fn: Any) -> bool:
-    if type(fn) is types.FunctionType:
-        return fn.__closure__ is None and not fn.__dict__
-    return type(fn) is types.BuiltinFunctionType and (fn.__self__ is None or type(fn.__self__) is types.ModuleType)
+    if known is not None and known.made_of == made_of and (not known.names or _is_current(known)):
+        return known.data, True
+    names = _names_in_main(fn)
+    if names is None:
+        return dumps(fn), False
+    main = _main()
+    sent = _Sent(dumps(fn), made_of, tuple(names), tuple(main.get(name, _absent) for name in names))
+    _sent[fn] = sent
+    return sent.data, True
 
 
 def _is_current(sent: _Sent) -> bool:
     main = _main()
-    return all(main.get(name) is value for name, value in zip(sent.names, sent.values))
+    return all(main.get(name, _absent) is value for name, value in zip(sent.names, sent.values))
 
 
-def _names_in_main(fn: Any) -> dict[str, None]:
-    """The globals of ``__main__`` that ``fn`` uses, itself or through the functions and classes it uses."""
+def _names_in_main(fn: Any) -> dict[str, None] | None:
+    """The globals of ``__main__`` that ``fn`` uses, itself or through the functions it uses.
+
+    None: they lead to something that cannot be looked through (a class, a closure, functions in a
+    container), so that it could change unseen.
+    """
     main, todo = _main(), [fn]
     names: dict[str, None] = {}
     while todo:
-        item = todo.pop()
-        if isinstance(item, type):
-            todo += [value for value in vars(item).values() if isinstance(value, types.FunctionType)]
-        elif isinstance(item, types.FunctionType) and item.__globals__ is main:
-            for name in _names_in_code(item.__code__):
-                if name in main and name not in names:
-                    names[name] = None
-                    if getattr(main[name], "__module__", None) == "__main__":
-                        todo.append(main[name])
+        function = todo.pop()
+        if type(function) is not types.FunctionType or function.__globals__ is not main:
+            continue
+        for name in _names_in_code(function.__code__):
+            if name in names or hasattr(builtins, name):
+                continue
+            value = main.get(name, _absent)
+            if not _can_be_looked_through(value):
+                return None
+            names[name] = None
+            todo.append(value)
     return names
+
+
+def _can_be_looked_through(value: Any) -> bool:
+    if isinstance(value, (dict, list, tuple, set, frozenset)):
+        inside = value.values() if isinstance(value, dict) else value
+        return not any(map(callable, itertools.islice(inside, 1000)))
+    if getattr(value, "__module__", None) not in ("__main__", "__mp_main__"):
+        return True
+    return type(value) is types.FunctionType and value.__closure__ is None and not value.__dict__
 
 
 def _names_in_code(code: types.CodeType) -> set[str]:
@@ -214,11 +250,19 @@ def _by_value_pickler(shared_main: bool) -> Any:
         class ByValue(cloudpickle.Pickler):  # type: ignore[misc]
             """cloudpickle, but functions of ``__main__`` keep sharing its namespace at the far end."""
 
+            def reducer_override(self, obj: Any) -> Any:
+                if type(obj) is _LruCache and obj.__module__ in ("__main__", "__mp_main__"):
+                    return _cached, (obj.cache_parameters(), obj.__wrapped__)
+                return super().reducer_override(obj)
+
             def _dynamic_function_reduce(self, func: Any) -> Any:
                 reduced = super()._dynamic_function_reduce(func)
                 if func.__globals__ is not _main():
                     return reduced
                 make, (code, _, *more), (state, slots), *_ = reduced
+                package = _main().get("__package__")  # for imports relative to it, within the function
+                if package:
+                    slots["__globals__"]["__package__"] = package
                 slots["__globals__"] = _versioned(slots["__globals__"])
                 return make, (code, _TheirMain(), *more), (state, slots), None, None, _set_function_of_main
 
@@ -250,7 +294,31 @@ def _versioned(values: dict[str, Any]) -> dict[str, tuple[int, Any]]:
             known = _tracked.get(name)
             if known is None or known[0] is not value:
                 _tracked[name] = (value, 0 if known is None else next(_rebound))
-        return {name: (_tracked[name][1], value) for name, value in values.items()}
+        return {name: (_tracked[name][1], _fresh(value)) for name, value in values.items()}
+
+
+def _fresh(value: Any) -> Any:
+    """Locks among the globals: a worker has its own, as it has under "spawn" and "fork"."""
+    if type(value) in _LOCKS:
+        return _Fresh("Lock" if type(value) is _LOCKS[0] else "RLock")
+    return value
+
+
+class _Fresh(NamedTuple):
+    """Pickles as a new lock."""
+
+    kind: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr(threading, self.kind), ()
+
+
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_LruCache = type(functools.lru_cache(abs))
+
+
+def _cached(parameters: dict[str, Any], fn: Any) -> Any:
+    return functools.lru_cache(**parameters)(fn)
 
 
 def _set_function_of_main(fn: Any, state: Any) -> None:

@@ -9,6 +9,8 @@ from ._tables import TaskState, WorkerState
 
 
 class Task:
+    """A call, from its submission until it is settled."""
+
     # No __slots__: what is only set for the few that need it costs nothing for the many.
     state = TaskState.QUEUED
     worker: int | None = None
@@ -28,8 +30,11 @@ class Task:
 
 
 class Worker:
+    """A process that has a seat, from its launch until its death."""
+
     __slots__ = (
-        "begun", "begun_at", "booted", "ended_by_us", "kills", "left", "number", "ready", "sent", "sent_bytes", "state",
+        "begun", "begun_at", "booted", "ended_by_us", "kills", "left", "number", "quiet_since", "ready", "sent",
+        "sent_bytes", "start_is_awaited", "state",
     )  # fmt: skip
 
     def __init__(self, number: int, left: int | None) -> None:
@@ -44,6 +49,8 @@ class Worker:
         self.begun_at = 0.0
         self.left = left  # tasks it may still be sent
         self.kills = 0
+        self.quiet_since = 0.0  # it has a task to begin since then, and has not said that it began
+        self.start_is_awaited = False  # a timer looks at that
 
     def __repr__(self) -> str:
         return f"<worker {self.number} {self.state.value} has {len(self.sent)}{' begun' if self.begun else ''}>"

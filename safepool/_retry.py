@@ -12,7 +12,6 @@ import tenacity
 
 from .policy import Retry
 
-
 LONGEST_S = 365 * 86400.0  # a wait of "for ever" is a year
 
 

@@ -27,6 +27,7 @@ from ._core import Core
 from ._evidence import error_of
 from ._launch import Launcher
 from ._link import Answer, Link
+from ._payload import SPENT, Payload
 from ._side import Side
 from ._worker import Setup
 from .errors import Attempt, PoolBroken, with_attempts
@@ -49,7 +50,7 @@ class Call:
 
     __slots__ = ("answer", "error", "future", "judge", "options", "payload", "submitted")
 
-    def __init__(self, future: SafeFuture, payload: bytes, options: TaskOptions, submitted: float) -> None:
+    def __init__(self, future: SafeFuture, payload: Payload, options: TaskOptions, submitted: float) -> None:
         self.future = future
         self.payload = payload
         self.options = options
@@ -61,10 +62,10 @@ class Call:
     def as_new_task(self) -> e.NewTask:
         options = self.options
         if options is PLAIN or (options.timeout is None and options.deadline is None and options.retry is None):
-            return tuple.__new__(e.NewTask, (self.future._task, len(self.payload), None, None, None, False))
+            return tuple.__new__(e.NewTask, (self.future._task, self.payload.size_bytes(), None, None, None, False))
         return e.NewTask(
             self.future._task,
-            len(self.payload),
+            self.payload.size_bytes(),
             options.timeout,
             None if options.deadline is None else self.submitted + options.deadline,
             None if options.retry is None else getattr(options.retry, "deaths", DEATHS),
@@ -487,7 +488,7 @@ class Watchdog:
         call = self._calls[command.task]
         call.future.begin(self._pids.get(command.worker))
         if call.options.retry is None:
-            call.payload = b""  # it will never be sent again
+            call.payload = SPENT  # it will never be sent again
 
     def _act_requeue(self, command: e.Requeue) -> None:
         for task in command.tasks:

@@ -45,8 +45,8 @@ def encode(frame: Frame) -> bytes:
     return _HEADER.pack(kind, number, begins, run_s, len(text), len(body)) + text + body
 
 
-def encode_call(number: int, payload: bytes) -> bytes:
-    return _HEADER.pack(CALL, number, 0, 0.0, 0, len(payload)) + payload
+def encode_call(number: int, data: bytes, function: bytes) -> bytes:
+    return _HEADER.pack(CALL, number, 0, 0.0, 0, len(data) + len(function)) + data + function
 
 
 def encode_returned(number: int, begins: int, run_s: float, body: bytes) -> bytes:

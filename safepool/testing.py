@@ -39,7 +39,7 @@ class VirtualWorker:
     killed_for: frozenset[int] = frozenset()  # the tasks that were doomed when it was killed
     asked_to_exit: bool = False
     deaf: bool = False
-    stuck: bool = False  # does not boot, and does not exit when asked
+    stuck: bool = False  # stopped: does not boot, begins nothing, does not exit when asked
     immortal: bool = False  # uninterruptible sleep: even SIGKILL waits
     unheard: set[int] = field(default_factory=set)  # tasks whose answers its lost channel swallowed
     begins: int = 0
@@ -168,7 +168,7 @@ class Simulation:
     def begin(self, number: int) -> None:
         """The worker draws the next ticket, if it has one and nothing in hand."""
         worker = self.workers[number]
-        if worker.ready and not worker.deaf and worker.in_hand is None and worker.inbox:
+        if worker.ready and not worker.deaf and not worker.stuck and worker.in_hand is None and worker.inbox:
             task = worker.in_hand = worker.inbox.popleft()
             settled = task in self.outcomes and self.policy.take_back
             self._check(not settled, f"task {task} begins after it was settled")
@@ -266,6 +266,8 @@ class Simulation:
             self.ready(worker.number)
             return worker.ready
         if not worker.inbox and worker.in_hand is None and not worker.pipe:
+            return False
+        if worker.stuck and worker.in_hand is None and not worker.pipe and not worker.deaf:
             return False
         self.begin(worker.number)
         self.finish(worker.number)

@@ -204,6 +204,13 @@ class HangingBootWaitedFor(Core):
         pass
 
 
+class FrozenWorkerWaitedFor(Core):
+    """A worker that never begins what it was sent is waited for."""
+
+    def _look_for_start(self, number: int) -> None:
+        pass
+
+
 MUTANTS = [
     mutant
     for mutant in list(globals().values())

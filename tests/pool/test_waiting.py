@@ -74,7 +74,7 @@ def test_silence_is_noticed(pool: Pool, tmp_path: Path) -> None:
     """Nothing moves for ``stall_timeout``: as_completed and wait say so, and name what is stuck."""
     stuck = pool(1).submit(tasks.wait_for, tmp_path / "gate")
     until(stuck.running, "it runs")
-    with pytest.raises(Stalled, match="nothing moved for 0.3 s") as caught:
+    with pytest.raises(Stalled, match="nothing moved") as caught:
         list(as_completed([stuck], stall_timeout=0.3))
     assert caught.value.unfinished == [stuck]
     with pytest.raises(TimeoutError):
@@ -173,7 +173,7 @@ def test_wrong_limits_are_refused_at_the_call(wrong: dict[str, Any], error: type
 
 def test_what_is_no_future_is_refused() -> None:
     """Wrong items and an unknown return_when are told at the call."""
-    with pytest.raises(TypeError, match="need concurrent.futures futures"):
+    with pytest.raises(TypeError, match="need concurrent"):
         as_completed([3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="Invalid return condition"):
         wait([], return_when="SOMETIMES")
