@@ -118,6 +118,11 @@ def loads(body: bytes) -> Any:
     return pickle.loads(body)
 
 
+def inherit_main() -> None:
+    """In a forked worker: note what ``__main__`` holds before anything of the worker's runs."""
+    _inherited.update(_main())
+
+
 def own_main() -> None:
     """In a new worker: an empty ``__main__`` for the user's names, instead of the bootstrap's."""
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -145,7 +150,7 @@ def _dumps_function(fn: Any) -> tuple[bytes, bool]:
         if fn.__self__ is not None and type(fn.__self__) is not types.ModuleType:
             return dumps(fn), False
         made_of: tuple[Any, ...] = ()
-    elif type(fn) is types.FunctionType and fn.__closure__ is None and not fn.__dict__:
+    elif type(fn) is types.FunctionType and fn.__closure__ is None and not fn.__dict__ and _is_findable(fn):
         made_of = (fn.__code__, fn.__defaults__, fn.__kwdefaults__)
     else:
         return dumps(fn), False
@@ -159,6 +164,11 @@ def _dumps_function(fn: Any) -> tuple[bytes, bool]:
     sent = _Sent(dumps(fn), made_of, tuple(names), tuple(main.get(name, _absent) for name in names))
     _sent[fn] = sent
     return sent.data, True
+
+
+def _is_findable(fn: types.FunctionType) -> bool:
+    """By reference, or in ``__main__``, whose globals are looked at: not a lambda of another module."""
+    return "<" not in fn.__qualname__ or fn.__globals__ is _main()
 
 
 def _is_current(sent: _Sent) -> bool:
@@ -286,6 +296,9 @@ _tracking = threading.RLock()
 _rebound = itertools.count(1)
 # In a worker: which version of each global it was given last.
 _given: dict[str, int] = {}
+# In a forked worker: what it found in ``__main__``.  The same class must not be there twice, once by
+# inheritance and once by value; but what an initializer has assigned since is the worker's own.
+_inherited: dict[str, Any] = {}
 
 
 def _versioned(values: dict[str, Any]) -> dict[str, tuple[int, Any]]:
@@ -328,11 +341,15 @@ def _set_function_of_main(fn: Any, state: Any) -> None:
     main = _main()
     for name, (version, value) in state[1]["__globals__"].items():
         # Not what is older than what it has: a task may be pickled before another one and run after it.
-        if version > _given.get(name, 0 if name in main else -1):
-            main[name] = value
-            _given[name] = version
+        known = _given.get(name)
+        if known is None:
+            take = name not in main or main[name] is _inherited.get(name, _absent)
         else:
-            _given.setdefault(name, version)
+            take = version > known
+        if take:
+            main[name] = value
+        if known is None or take:
+            _given[name] = version
     state[1]["__globals__"] = {}
     _function_setstate(fn, state)
 

@@ -239,6 +239,7 @@ class Watchdog:
                 self.thread = thread
                 thread.start()
             except (RuntimeError, OSError) as error:
+                self.thread = None
                 self._crashed(f"it could not be started: {error}")
 
     def _wake(self) -> None:
@@ -555,6 +556,7 @@ class Watchdog:
     def _let_go(self) -> None:
         """Of everything that is not a worker's."""
         self._return_mail()
+        self._setup = Setup()  # what its initializer was given is not kept
         self._own.close()
         self._side.close()
         self._judges.close()

@@ -133,6 +133,8 @@ class _Link:
 def _prepare(link: _Link, setup: Setup | None) -> bool:
     """Run the initializer.  False: it failed, and the parent knows."""
     frame = link.next_frame() if setup is None else None
+    if frame is None:
+        _payload.inherit_main()
     try:
         if frame is not None:
             _payload.own_main()

@@ -75,7 +75,7 @@ class _Submitter(Executor):
         chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
         pool, options = self._pool(), self._options
         todo = (lambda chunk=chunk: pool._submit(options, fn, chunk, {}, chunk=True) for chunk in chunks)
-        return itertools.chain.from_iterable(_in_order(todo, end, buffersize))
+        return _flat(_in_order(todo, end, buffersize))
 
     def options(self, **options: Any) -> PoolView:
         """This pool, under other task options: ``timeout``, ``deadline``, ``retry``, ``name``.
@@ -123,6 +123,8 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             raise TypeError(f"name must be a str or None; got {name!r}")
         if not isinstance(initargs, Iterable):
             raise TypeError(f"initargs must be a tuple of arguments; got {initargs!r}")
+        if mp_context is not None and not (hasattr(mp_context, "Process") and hasattr(mp_context, "get_start_method")):
+            raise TypeError(f"mp_context must be a multiprocessing context, as get_context() gives; got {mp_context!r}")
         workers = _how_many(max_workers)
         _check_turnover(max_tasks_per_child, mp_context)
         name = name or f"safepool-{next(_pools)}"
@@ -308,6 +310,13 @@ def _in_order(todo: Iterator[Callable[[], Future[Any]]], end: float | None, buff
     """Begin at the call, not at the first ``next``."""
     waiting = deque(start() for start in itertools.islice(todo, buffersize))
     return _results(waiting, todo, end)
+
+
+def _flat(chunks: Iterator[list[Any]]) -> Iterator[Any]:
+    for chunk in chunks:
+        chunk.reverse()
+        while chunk:
+            yield chunk.pop()
 
 
 def _results(
