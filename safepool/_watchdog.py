@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import _events as e
 from . import _os
@@ -77,6 +77,20 @@ PLAIN = TaskOptions()
 DEATHS = 3  # that a task under a tenacity policy may cause, as Retry.deaths
 
 
+class Launched(NamedTuple):
+    """What came of a launch, on its way to the watchdog."""
+
+    worker: int
+    outcome: Link | e.SpawnFailed
+
+
+def _discard(link: Link) -> None:
+    """A worker that came too late to be of use."""
+    link.process.kill(hard=True)
+    link.process.process.join(STATUS_LIMIT_S)
+    link.close()
+
+
 class Processes(dict[int, Any]):
     """pid -> multiprocessing's process; may be gone through while workers come and go."""
 
@@ -118,8 +132,10 @@ class Watchdog:
         self._pid = os.getpid()
         self._side = Side(f"{name}-callbacks")
         self._judges = Side(f"{name}-retries")
+        self._launches = Side(f"{name}-launches")
+        self._sides = (self._side, self._judges, self._launches)
         self._start_lock = threading.RLock()
-        self._mailbox: deque[Call | Callable[[], None]] = deque()
+        self._mailbox: deque[Call | Launched | Callable[[], None]] = deque()
         self._awake = True
         self._closed = threading.Event()
         self._own = ExitStack()  # the selector and the ends of the wake-up channel
@@ -127,6 +143,9 @@ class Watchdog:
         self._calls: dict[int, Call] = {}
         self._links: dict[int, Link] = {}
         self._pids: dict[int, int] = {}
+        self._launching: set[int] = set()
+        self._doomed_launches: set[int] = set()  # to be killed as soon as they are there
+        self._abandoned: set[int] = set()  # not wanted any more when they are there
         self._watched: set[int] = set()  # workers whose death a descriptor reports
         self._writing: set[int] = set()
         self._dying: dict[int, tuple[Link, float]] = {}
@@ -201,7 +220,7 @@ class Watchdog:
 
     def is_own_thread(self) -> bool:
         """Is this thread one that the pool itself needs in order to end?"""
-        return getattr(_here, "is_watchdog", False) or self._side.is_current() or self._judges.is_current()
+        return getattr(_here, "is_watchdog", False) or any(side.is_current() for side in self._sides)
 
     def is_fork(self) -> bool:
         """Are we in a child that the user's process forked?  Then the pool is not ours to use."""
@@ -284,8 +303,6 @@ class Watchdog:
         if due is not None and due <= now:
             self._events.append(e.Ticked(now))
             self._drain()
-        self._side.relieve(now)
-        self._judges.relieve(now)
         if self._batch_done:
             for answered in self._batch_done:
                 answered.set()
@@ -293,7 +310,7 @@ class Watchdog:
 
     def _timeout(self) -> float | None:
         now = monotonic()
-        moments = [self._core.next_deadline(), self._side.relieve(now), self._judges.relieve(now)]
+        moments = [self._core.next_deadline(), *(side.relieve(now) for side in self._sides)]
         if self._dying:
             moments.append(now + STATUS_AGAIN_S)
         if len(self._watched) < len(self._links):
@@ -317,7 +334,10 @@ class Watchdog:
             if fresh:
                 self._events.append(e.TasksSubmitted(monotonic(), tuple(fresh)))
                 fresh.clear()
-            item()
+            if isinstance(item, Launched):
+                self._launched(*item)
+            else:
+                item()
         if fresh:
             self._events.append(e.TasksSubmitted(monotonic(), tuple(fresh)))
 
@@ -419,29 +439,54 @@ class Watchdog:
     # ---------------------------------------------------------- the acts
 
     def _act_spawn(self, command: e.Spawn) -> None:
-        worker = command.worker
+        # On a thread of its own: a start context may block (a fork server that is stopped, a child
+        # that dies with its start-up pipe full), and limits are kept all the same.
+        self._launching.add(command.worker)
+        self._launches.put(lambda: self._launch(command.worker))
+
+    def _launch(self, worker: int) -> None:
+        """On the launches' thread."""
+        outcome: Link | e.SpawnFailed
         try:
-            link = Link(worker, self._launcher, self._setup, take_back=self._policy.take_back)
+            outcome = Link(worker, self._launcher, self._setup, take_back=self._policy.take_back)
         except (OSError, MemoryError, EOFError) as error:
             reason = f"worker {worker} could not be launched: {type(error).__name__}: {error}"
-            self._events.append(e.SpawnFailed(monotonic(), worker, reason))
-            return
+            outcome = e.SpawnFailed(monotonic(), worker, reason)
         except Exception:
             reason = f"worker {worker} cannot be launched:\n{traceback.format_exc()}"
-            self._events.append(e.SpawnFailed(monotonic(), worker, reason, fatal=True))
+            outcome = e.SpawnFailed(monotonic(), worker, reason, fatal=True)
+        self._mailbox.append(Launched(worker, outcome))
+        if not self._awake:
+            self._wake()
+        if self._closed.is_set():
+            self._return_mail()
+
+    def _launched(self, worker: int, outcome: Link | e.SpawnFailed) -> None:
+        self._launching.discard(worker)
+        abandoned, doomed = worker in self._abandoned, worker in self._doomed_launches
+        self._abandoned.discard(worker)
+        self._doomed_launches.discard(worker)
+        if isinstance(outcome, e.SpawnFailed):
+            if not abandoned:
+                self._events.append(outcome._replace(now=monotonic()))
             return
-        self._links[worker] = link
-        self._pids[worker] = link.process.pid
-        self.processes[link.process.pid] = link.process.process
+        if abandoned:
+            _discard(outcome)
+            return
+        self._links[worker] = outcome
+        self._pids[worker] = outcome.process.pid
+        self.processes[outcome.process.pid] = outcome.process.process
         if len(self._pids) > 2 * len(self._links) + EVENTS_KEPT:
             del self._pids[next(iter(self._pids))]
-        self._selector.register(link, READ, (link, False))
-        link.wanted = READ
-        fd = link.process.fileno()
+        self._selector.register(outcome, READ, (outcome, False))
+        outcome.wanted = READ
+        fd = outcome.process.fileno()
         if fd is not None:
-            self._selector.register(fd, READ, (link, True))
+            self._selector.register(fd, READ, (outcome, True))
             self._watched.add(worker)
         self._writing.add(worker)
+        if doomed:
+            outcome.process.kill(hard=True)
 
     def _act_send(self, command: e.Send) -> None:
         link = self._links.get(command.worker)
@@ -475,6 +520,8 @@ class Watchdog:
         link = self._links.get(command.worker)
         if link is not None:
             link.process.kill(hard=command.hard)
+        elif command.worker in self._launching:
+            self._doomed_launches.add(command.worker)
 
     def _act_abandon(self, command: e.Abandon) -> None:
         link = self._links.get(command.worker)
@@ -484,6 +531,10 @@ class Watchdog:
             self._hear(link)
             self._events.append(e.WorkerDied(monotonic(), command.worker, None, link.unbegun()))
             self._forget(link)
+        elif command.worker in self._launching:
+            _log.critical("safepool: worker %d is being launched for ever; it is given up", command.worker)
+            self._abandoned.add(command.worker)
+            self._events.append(e.WorkerDied(monotonic(), command.worker, None, ()))
 
     def _act_began(self, command: e.Began) -> None:
         call = self._calls[command.task]
@@ -558,8 +609,8 @@ class Watchdog:
         self._return_mail()
         self._setup = Setup()  # what its initializer was given is not kept
         self._own.close()
-        self._side.close()
-        self._judges.close()
+        for side in self._sides:
+            side.close()
 
     def _return_mail(self) -> None:
         """What was posted too late fails, rather than wait for a thread that is gone."""
@@ -571,6 +622,8 @@ class Watchdog:
             if isinstance(item, Call):
                 pid = self._pids.get(self._broken_by.worker or 0)
                 item.future.failed(error_of(self._broken_by, item.future, item.options, pid))
+            elif isinstance(item, Launched) and isinstance(item.outcome, Link):
+                _discard(item.outcome)
 
     def _fail_all(self, error: PoolBroken) -> None:
         calls, self._calls = self._calls, {}
@@ -589,9 +642,7 @@ class Watchdog:
         _log.critical("safepool: %s", message)
         for link in tuple(self._links.values()):
             try:
-                link.process.kill(hard=True)
-                link.process.process.join(STATUS_LIMIT_S)
-                link.close()
+                _discard(link)
             except Exception:
                 _log.exception("safepool: while killing %r", link)
         self._fail_all(PoolBroken(message, reason=trouble, event_log=log))
