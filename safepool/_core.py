@@ -140,7 +140,7 @@ class Core:
         if task.state in (T.QUEUED, T.BACKOFF, T.ASKED):
             self._settle(task, why)
         elif task.state is T.SENT or (task.state is T.RUNNING and even_running):
-            if not task.wish_kills:  # a kill on its way is not taken back by a mere cancel
+            if task.wish is None or not task.wish_kills:  # a kill on its way is not taken back by a mere cancel
                 task.wish, task.wish_kills = why, even_running
             self._pursue(task)
         elif task.state is T.DOOMED and even_running:

@@ -342,14 +342,10 @@ def _set_function_of_main(fn: Any, state: Any) -> None:
     for name, (version, value) in state[1]["__globals__"].items():
         # Not what is older than what it has: a task may be pickled before another one and run after it.
         known = _given.get(name)
-        if known is None:
-            take = name not in main or main[name] is _inherited.get(name, _absent)
-        else:
-            take = version > known
-        if take:
+        is_theirs = name not in main or main[name] is _inherited.get(name, _absent)
+        if (known is None and is_theirs) or (known is not None and version > known):
             main[name] = value
-        if known is None or take:
-            _given[name] = version
+        _given[name] = version if known is None else max(known, version)
     state[1]["__globals__"] = {}
     _function_setstate(fn, state)
 

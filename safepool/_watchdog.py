@@ -573,7 +573,7 @@ class Watchdog:
         for task in command.tasks:
             call = self._calls.pop(task)
             if call.error is not None:
-                call.future.failed(call.error)
+                call.future.failed(with_attempts(call.error, call.future.attempts))
             else:
                 assert call.answer is not None
                 call.future.answered(call.answer)
@@ -667,8 +667,8 @@ def _judge(call: Call, kind: str, attempt: int, pid: int | None, ended: float) -
     if error is None and verdict.delay_s is None and verdict.error is None:
         return None  # the result is accepted
     future.attempts += (Attempt(attempt, kind, pid, error),)
-    if verdict.error is not None:
-        call.error = with_attempts(verdict.error, future.attempts)
+    if verdict.delay_s is None:
+        call.error = verdict.error or error  # the very object that the last attempt names
     delay: float | None = verdict.delay_s
     return delay
 

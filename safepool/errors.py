@@ -135,8 +135,8 @@ def how_it_ended(exitcode: int | None) -> str:
 def with_attempts(error: BaseException, attempts: Iterable[Attempt]) -> BaseException:
     """Put the failed attempts on the final exception: as ``.attempts`` and, in words, as notes."""
     told = tuple(attempts)
-    if len(told) > 1:
-        for attempt in told[:-1]:
+    for attempt in told:
+        if attempt.error is not error:
             with suppress(Exception):
                 error.add_note(f"safepool: {attempt}")
     # An exception with __slots__, or a frozen one, may refuse either.

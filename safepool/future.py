@@ -151,6 +151,8 @@ class SafeFuture(Future[Any]):
         if answer is None:
             return
         value, error = self._unpickle(answer)
+        if error is not None and self.attempts:
+            with_attempts(error, self.attempts)
         with self._lock:
             if self._answer is not None:  # else another thread was faster, and its object is the one
                 self._answer, self._result, self._exception = None, value, error
@@ -174,7 +176,7 @@ class SafeFuture(Future[Any]):
         if not isinstance(value, BaseException):  # whatever a __reduce__ of the user's made of it
             value = ResultUnreadable(f"the exception of {self} came back as {value!r}", task=str(self))
         blame(value, remote_traceback(answer.text.decode(errors="replace")))
-        return None, with_attempts(value, self.attempts) if self.attempts else value
+        return None, value
 
     # ---------------------------------------------------------- stopping
 

@@ -77,6 +77,7 @@ class Simulation:
         self._unclaimed: set[int] = set()  # cancelled by their user, and not at a worker
         self._cancel_wanted: set[int] = set()
         self._cancel_all = False
+        self._abandoned: set[int] = set()
         self._sent: set[int] = set()
         self._doomed: set[int] = set()
         self._finished: dict[int, bool] = {}
@@ -376,12 +377,14 @@ class Simulation:
         if worker is not None:
             self._sent.difference_update(worker.inbox)
             self._starts_without_ready += not worker.ready
+            self._abandoned.add(command.worker)
             self._feed_heard(worker, 0.0005)
             self._next.append(e.WorkerDied(self.now, command.worker, None, tuple(worker.inbox)))
 
     def _act_began(self, command: e.Began) -> None:
         worker = self.workers.get(command.worker)
         there = worker is not None and (command.task == worker.in_hand or command.task not in worker.inbox)
+        there |= command.worker in self._abandoned  # its last words
         self._check(there, f"{command}, but no live worker has it in hand")
         self._began_at[command.task] = self.now
 

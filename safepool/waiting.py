@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION, Future
 from concurrent.futures._base import DoneAndNotDoneFutures
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -152,6 +153,8 @@ class _Watch:
             if future in self.pending:  # else it was found by ``_look_after``, and is reported too
                 self.pending.discard(future)
                 self.completed.append(future)
+                with suppress(ValueError):  # not to be kept alive by what is done
+                    future._waiters.remove(self)  # type: ignore[arg-type]
         if self.completed:
             self._moved_at = monotonic()
         return bool(self.completed)

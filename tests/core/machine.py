@@ -138,23 +138,27 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
             timeout=st.sampled_from([None, 0.3]),
             silent=st.sampled_from([False, False, True]),
             delay=st.sampled_from([0.0, 0.2]),
-            deadly=st.booleans(),
+            how=st.sampled_from(["error", "death", "timeout"]),
             drain=st.sampled_from([False, False, False, False, True]),
         )
         def fail_and_try_again(
             self, n: int, deadline: float | None, timeout: float | None, silent: bool, delay: float,
-            deadly: bool, drain: bool,
+            how: str, drain: bool,
         ) -> None:  # fmt: skip
             """A task fails or takes its worker down, its policy wants more, and it hangs the second time."""
             self.sim.submit(deadline=deadline, timeout=timeout, deaths=2, silent=silent)
             for number in sorted(self.sim.workers):
                 self.sim.ready(number)
                 self.sim.begin(number)
-                if not deadly:
+                if how == "error":
                     self.sim.finish(number, ok=False)
                 self.sim.hear(number)
-                if deadly and self.sim.workers[number].in_hand is not None:
+                if how == "death" and self.sim.workers[number].in_hand is not None:
                     self.sim.die(number)
+            if how == "timeout":
+                self.sim.advance(0.4)
+                for worker in [worker for worker in self.sim.workers.values() if worker.kills]:
+                    self.sim.die(worker.number)
             if drain:
                 self.sim.shutdown(cancel=False)
             for task in sorted(set(self.sim.asked) - self.sim.silent):
@@ -163,7 +167,7 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
                 self.sim.ready(number)
                 self.sim.begin(number)
                 self.sim.hear(number)
-            self.sim.advance(delay)
+            self.sim.advance(delay + 0.4)
 
         @precondition(lambda self: self.sim.workers)
         @rule(n=pick)

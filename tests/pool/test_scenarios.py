@@ -1,0 +1,195 @@
+"""Races and traps that were found in this pool, each as the scenario that once broke it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from safepool import SafePoolExecutor, TaskTimeout, WorkerStartError, _core, _payload, as_completed
+from safepool.errors import Attempt, with_attempts
+from tests.pool import tasks
+from tests.support import LIMIT_S, until
+
+Pool = Callable[..., SafePoolExecutor]
+
+
+class Guarded(Exception):
+    """Allows no attribute to be set."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(name)
+
+
+def raise_guarded() -> None:
+    raise Guarded("it says so")
+
+
+def refuse_connection() -> None:
+    raise ConnectionRefusedError("the database is not there")
+
+
+def test_two_threads_wait_for_mixtures_in_opposite_order(pool: Pool) -> None:
+    """The stdlib's wait() locks futures in the order of their ids: no two of ours may share a lock."""
+    executor = pool(1)
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(50):
+            mixed: list[Future[Any]] = [executor.submit(abs, 1), threads.submit(abs, 1), executor.submit(abs, 1)]
+            locks = {id(f._condition._lock) for f in mixed}  # type: ignore[attr-defined]
+            assert len(locks) == 3
+            assert not concurrent.futures.wait(mixed, LIMIT_S).not_done
+
+
+def test_limits_of_months_are_limits(pool: Pool) -> None:
+    """A selector sleeps some weeks at most; a timeout may be longer."""
+    view = pool(1).options(timeout=90 * 86400, deadline=1e12)
+    assert view.submit(tasks.nap, 0.05, 7).result(LIMIT_S) == 7
+
+
+def test_a_closed_process_object_is_no_trouble(pool: Pool) -> None:
+    """A user who finds a worker in ``_processes`` may kill, join and close it."""
+    executor = pool(2)
+    assert executor.submit(abs, -1).result(LIMIT_S) == 1
+    for process in executor._processes.values():
+        process.kill()
+        process.join(LIMIT_S)
+        with suppress(ValueError):
+            process.close()
+    assert executor.submit(abs, -2).result(LIMIT_S) == 2
+
+
+def test_processes_may_be_gone_through_while_workers_come_and_go(pool: Pool) -> None:
+    """Iterating ``_processes`` sees a moment of it; it never fails because the pool heals."""
+    executor = pool(2, max_tasks_per_child=1)
+    futures = [executor.submit(abs, n) for n in range(30)]
+    while not all(future.done() for future in futures):
+        for pid, process in executor._processes.items():
+            assert pid == process.pid
+    assert [future.result(LIMIT_S) for future in futures] == list(range(30))
+
+
+def test_an_initializer_may_fail_with_any_error(pool: Pool) -> None:
+    """An error of a connection in the initializer is not taken for the end of ours."""
+    error = pool(1, initializer=refuse_connection).submit(abs, 1).exception(LIMIT_S)
+    assert isinstance(error, WorkerStartError)
+    assert "the database is not there" in str(error)
+    assert "refuse_connection" in str(error)
+
+
+def test_a_task_sent_to_a_stopped_worker_is_done_by_another(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle worker is stopped and gets a task: it never begins, so no limit of the task would start."""
+    monkeypatch.setattr(_core, "ACK_LIMIT_S", 0.5)
+    executor = pool(1)
+    pid = executor.submit(os.getpid).result(LIMIT_S)
+    os.kill(pid, signal.SIGSTOP)
+    assert executor.submit(os.getpid).result(LIMIT_S) != pid
+
+
+def test_a_stopped_fork_server_delays_starts_only(pool: Pool) -> None:
+    """While no worker can be launched, running and waiting tasks keep their limits."""
+    executor = pool(2)
+    executor.submit(abs, 1).result(LIMIT_S)
+    server = next(c for c in psutil.Process().children() if "safepool._launch" in " ".join(c.cmdline()))
+    running = executor.options(timeout=0.5).submit(tasks.nap, LIMIT_S)
+    until(running.running, "it runs")
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        waiting = [executor.options(deadline=0.7).submit(tasks.nap, LIMIT_S) for _ in range(3)]
+        for future in [running, *waiting]:
+            assert isinstance(future.exception(5.0), TaskTimeout)
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert executor.submit(abs, -3).result(LIMIT_S) == 3
+
+
+def test_callbacks_of_a_cancelled_task_run_once(pool: Pool, tmp_path: Path) -> None:
+    """cancel() ends the future here, and the watchdog hears of it later: that is one end, not two."""
+    executor = pool(1)
+    executor.submit(tasks.wait_for, tmp_path / "gate")
+    called: list[object] = []
+    futures = [executor.submit(abs, n) for n in range(5)]
+    for future in futures:
+        future.add_done_callback(called.append)
+        assert future.cancel()
+    (tmp_path / "gate").touch()
+    assert executor.submit(abs, -1).result(LIMIT_S) == 1
+    executor.shutdown()
+    assert called == futures
+
+
+def test_one_callback_that_exits_leaves_the_others(pool: Pool) -> None:
+    """SystemExit of a callback is logged; the next callback of the same future is called."""
+    called = threading.Event()
+
+    def leave(_: object) -> None:
+        raise SystemExit(3)
+
+    future = pool(1).submit(tasks.nap, 0.1)
+    future.add_done_callback(leave)
+    future.add_done_callback(lambda _: called.set())
+    assert called.wait(LIMIT_S)
+
+
+def test_no_future_comes_out_twice(pool: Pool) -> None:
+    """A future that is both reported and found by looking is yielded once."""
+    executor = pool(2)
+    futures = [executor.submit(tasks.nap, 0.001) for _ in range(500)]
+    found = list(as_completed(futures, timeout=LIMIT_S, stall_timeout=0.05 * LIMIT_S))
+    assert len(found) == len(set(found)) == 500
+
+
+def test_an_error_that_allows_no_attribute_travels(pool: Pool) -> None:
+    """Neither the worker nor the future may fail because they cannot decorate an exception."""
+    error = pool(1).submit(raise_guarded).exception(LIMIT_S)
+    assert isinstance(error, Guarded)
+    assert "raise_guarded" in str(error.__cause__)
+
+
+def test_attempts_survive_pickling() -> None:
+    """The final exception and the last of its attempts are one object, here and after a journey."""
+    error = TaskTimeout("too slow", seconds=1.0, task="x")
+    with_attempts(error, [Attempt(1, "timeout", 7, None), Attempt(2, "timeout", 8, error)])
+    again = pickle.loads(pickle.dumps(error))
+    assert [attempt.number for attempt in again.attempts] == [1, 2]
+    assert again.attempts[-1].error is again
+    assert (again.seconds, str(again)) == (1.0, "too slow")
+
+
+def test_calls_of_one_function_share_its_pickle() -> None:
+    """A queue of calls does not hold their function, and the globals it carries, once for each."""
+    first, second = (_payload.dumps_call(tasks.echo, (n,), {}) for n in range(2))
+    assert first.function is second.function
+
+
+def test_a_fork_may_shut_down_its_copy_of_a_pool() -> None:
+    """In a forked child another thread may have held the pool's lock: shutdown does not wait for it."""
+    with SafePoolExecutor(1) as executor:
+        executor.submit(abs, 1).result(LIMIT_S)
+        held, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with executor._lock:
+                held.set()
+                release.wait(LIMIT_S)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert held.wait(LIMIT_S)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)
+            executor.shutdown()
+            os._exit(0)
+        release.set()
+        thread.join(LIMIT_S)
+        assert os.waitpid(pid, 0)[1] == 0
