@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import types
+from collections.abc import Iterator
 from multiprocessing import spawn
 from typing import Any, Protocol
 
@@ -68,6 +69,22 @@ class WorkerProcess:
 
     def __repr__(self) -> str:
         return f"<WorkerProcess {self.pid} exitcode={self.exitcode()}>"
+
+
+class Processes(dict[int, Any]):
+    """pid -> multiprocessing's process; may be gone through while workers come and go."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(tuple(super().keys()))
+
+    def keys(self) -> Any:
+        return tuple(super().keys())
+
+    def values(self) -> Any:
+        return tuple(super().values())
+
+    def items(self) -> Any:
+        return tuple(super().items())
 
 
 class Launcher(Protocol):

@@ -16,23 +16,23 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from time import monotonic
 from typing import Any, NamedTuple
 
 from . import _events as e
 from . import _os
+from ._call import Call
 from ._core import Core
 from ._evidence import error_of
-from ._launch import Launcher
-from ._link import Answer, Link
-from ._payload import SPENT, Payload
+from ._launch import Launcher, Processes
+from ._link import Link
+from ._payload import SPENT
 from ._side import Side
 from ._worker import Setup
 from .errors import Attempt, PoolBroken, with_attempts
-from .future import SafeFuture
-from .policy import PoolPolicy, TaskOptions
+from .policy import PoolPolicy
 
 EVENTS_KEPT = 1000
 STATUS_LIMIT_S = 0.5  # for the exit status of a dead worker to reach us
@@ -43,38 +43,6 @@ JOIN_SLICE_S = 1.0
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 _log = logging.getLogger("concurrent.futures")
-
-
-class Call:
-    """What the watchdog holds for one task until its future is done."""
-
-    __slots__ = ("answer", "error", "future", "judge", "options", "payload", "submitted")
-
-    def __init__(self, future: SafeFuture, payload: Payload, options: TaskOptions, submitted: float) -> None:
-        self.future = future
-        self.payload = payload
-        self.options = options
-        self.submitted = submitted
-        self.answer: Answer | None = None
-        self.error: BaseException | None = None  # in place of the answer
-        self.judge: Any = None
-
-    def as_new_task(self) -> e.NewTask:
-        options = self.options
-        if options is PLAIN or (options.timeout is None and options.deadline is None and options.retry is None):
-            return tuple.__new__(e.NewTask, (self.future._task, self.payload.size_bytes(), None, None, None, False))
-        return e.NewTask(
-            self.future._task,
-            self.payload.size_bytes(),
-            options.timeout,
-            None if options.deadline is None else self.submitted + options.deadline,
-            None if options.retry is None else getattr(options.retry, "deaths", DEATHS),
-            options.retry is not None and not hasattr(options.retry, "deaths"),
-        )
-
-
-PLAIN = TaskOptions()
-DEATHS = 3  # that a task under a tenacity policy may cause, as Retry.deaths
 
 
 class Launched(NamedTuple):
@@ -89,22 +57,6 @@ def _discard(link: Link) -> None:
     link.process.kill(hard=True)
     link.process.process.join(STATUS_LIMIT_S)
     link.close()
-
-
-class Processes(dict[int, Any]):
-    """pid -> multiprocessing's process; may be gone through while workers come and go."""
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(tuple(super().keys()))
-
-    def keys(self) -> Any:
-        return tuple(super().keys())
-
-    def values(self) -> Any:
-        return tuple(super().values())
-
-    def items(self) -> Any:
-        return tuple(super().items())
 
 
 _here = threading.local()  # ``is_watchdog`` on the threads that no pool may wait on
@@ -559,7 +511,7 @@ class Watchdog:
         def judge() -> None:
             delay_s = None
             try:
-                delay_s = _judge(call, kind, attempt, pid, ended)
+                delay_s = call.ask_policy(kind, attempt, pid, ended)
             finally:
                 self.post(lambda: self._events.append(e.RetryAnswered(monotonic(), task, attempt, delay_s)))
 
@@ -650,27 +602,6 @@ class Watchdog:
         self.processes.clear()
         self._closed.set()
         self._let_go()
-
-
-def _judge(call: Call, kind: str, attempt: int, pid: int | None, ended: float) -> float | None:
-    """On the retries' thread: ask the policy about this attempt, and note the attempt on the future.
-
-    How many seconds to wait before the next one; None: the outcome stands.
-    """
-    from ._retry import Judge
-
-    future = call.future
-    if call.judge is None:
-        call.judge = Judge(call.options.retry, call.submitted)  # type: ignore[arg-type]
-    value, error = future._unpickle(call.answer) if call.answer is not None else (None, call.error)
-    verdict = call.judge.after_result(value, ended) if error is None else call.judge.after_error(error, kind, ended)
-    if error is None and verdict.delay_s is None and verdict.error is None:
-        return None  # the result is accepted
-    future.attempts += (Attempt(attempt, kind, pid, error),)
-    if verdict.delay_s is None:
-        call.error = verdict.error or error  # the very object that the last attempt names
-    delay: float | None = verdict.delay_s
-    return delay
 
 
 def _deaths_first(item: tuple[selectors.SelectorKey, int]) -> bool:

@@ -14,8 +14,9 @@ from time import monotonic
 from typing import Any
 
 from . import _os, _payload
+from ._call import Call
 from ._launch import ContextLauncher, default_launcher
-from ._watchdog import Call, Watchdog
+from ._watchdog import Watchdog
 from ._worker import Setup
 from .errors import PoolBroken
 from .future import SafeFuture, blame, remote_traceback

@@ -169,6 +169,20 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
                 self.sim.hear(number)
             self.sim.advance(delay + 0.4)
 
+        @precondition(lambda self: self.sim.workers and len(self.sim.tasks) < MOST_TASKS)
+        @rule(deaths=st.integers(1, 3))
+        def take_down_workers(self, deaths: int) -> None:
+            """A poison task: its policy always wants more, and every worker that begins it dies."""
+            task = self.sim.submit(deaths=deaths)
+            for _ in range(deaths + 1):
+                for number in sorted(self.sim.workers):
+                    self.sim.ready(number)
+                    self.sim.begin(number)
+                    self.sim.hear(number)
+                for worker in [worker for worker in self.sim.workers.values() if worker.in_hand == task]:
+                    self.sim.die(worker.number)
+                self.sim.answer(task, 0.0)
+
         @precondition(lambda self: self.sim.workers)
         @rule(n=pick)
         def late_answer_then_death(self, n: int) -> None:
