@@ -35,7 +35,8 @@ def slow(session: nox.Session) -> None:
 def client(session: nox.Session) -> None:
     """The real client: a negmas and scml tournament in an environment of its own."""
     session.install(".[test]")
-    session.run("pytest", "-m", "client", "tests/clients", *session.posargs)
+    # Each of its tests takes minutes: no stack dumps on the way.
+    session.run("pytest", "-m", "client", "-o", "faulthandler_timeout=0", "tests/clients", *session.posargs)
 
 
 @nox.session(python="3.11")

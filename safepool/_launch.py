@@ -1,8 +1,8 @@
 """Starts workers: one verb, ``launch``; nothing above it knows how a worker was started.
 
 A launcher has ``launch(channel, tickets, setup) -> WorkerProcess`` and nothing else.  It raises
-``OSError`` (``BlockingIOError``, ``MemoryError`` ...) when the system refuses now, and anything else when it would
-refuse every time.
+``OSError``, ``EOFError`` or ``MemoryError`` when the system refuses now, and anything else when it would refuse every
+time.  It may block: it is called on a thread of its own.
 """
 
 from __future__ import annotations

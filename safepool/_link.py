@@ -1,4 +1,4 @@
-"""One worker as the watchdog sees it: its channel, its tickets, its process.  Never blocks, never decides."""
+"""One worker as the watchdog sees it: channel, tickets, process.  Decides nothing; only its start may block."""
 
 from __future__ import annotations
 
