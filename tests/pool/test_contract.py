@@ -572,15 +572,18 @@ EXIT = """
 import time
 from safepool import SafePoolExecutor
 
+def say(words):
+    print(words + chr(10), end="", flush=True)  # one write, also where stdout is not buffered
+
 def task(n):
     time.sleep(0.05)
-    print("task", n, flush=True)
+    say(f"task {n}")
     return n
 
 executor = SafePoolExecutor(2)
 futures = [executor.submit(task, n) for n in range(6)]
-futures[-1].add_done_callback(lambda future: print("callback", future.result(), flush=True))
-print("end of the script", flush=True)
+futures[-1].add_done_callback(lambda future: say(f"callback {future.result()}"))
+say("end of the script")
 """
 
 
