@@ -687,7 +687,8 @@ def test_no_task_is_accepted_when_the_interpreter_exits(tmp_path: Path) -> None:
 
 
 FORK = """
-import os
+import os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of fork() in a program with threads, from 3.12 on
 from safepool import SafePoolExecutor
 
 executor = SafePoolExecutor(1)

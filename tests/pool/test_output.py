@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import CONTEXTS
@@ -36,6 +38,14 @@ os._exit(0)
 """
 
 
+def family(pid: int) -> list[psutil.Process]:
+    """A program and all its descendants; nothing if it is over."""
+    with suppress(psutil.NoSuchProcess):
+        program = psutil.Process(pid)
+        return [program, *program.children(recursive=True)]
+    return []
+
+
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_a_full_pipe_stops_only_who_writes(tmp_path: Path, name: str) -> None:
     """Fifty megabytes that nobody reads, and words of the program's own behind them: limits, seats and the end hold."""
@@ -50,4 +60,5 @@ def test_a_full_pipe_stops_only_who_writes(tmp_path: Path, name: str) -> None:
             assert program.wait(LIMIT_S) == 0
             assert program.stderr.read().decode().split() == ["TaskTimeout", "8", "True", "PoolTerminated"]
         finally:
-            program.kill()
+            for process in family(program.pid):
+                process.kill()
