@@ -27,7 +27,6 @@ class Judge:
 
     def __init__(self, policy: Retry | tenacity.Retrying, began: float) -> None:
         self._retrying = _as_retrying(policy) if isinstance(policy, Retry) else policy.copy()
-        self._retrying.begin()
         self._state = tenacity.RetryCallState(self._retrying, None, (), {})
         self._state.start_time = began
 
@@ -47,6 +46,9 @@ class Judge:
             outcome.set_result(result)
         self._state.outcome, self._state.outcome_timestamp = outcome, now
         self._state.kwargs = {"cause": cause}
+        # Its statistics belong to one thread, and ours may have been replaced since the last attempt.
+        if "idle_for" not in self._retrying.statistics:
+            self._retrying.begin()
         try:
             do = self._retrying.iter(self._state)
         except BaseException as raised:

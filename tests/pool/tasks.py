@@ -40,9 +40,14 @@ def wait_for(gate: Path, value: Any = None) -> Any:
 
 
 def note(log: Path, word: object) -> object:
-    """Add a line to the file ``log``: one write, so that lines of several workers do not mix."""
-    with log.open("a", buffering=1) as file:
-        file.write(f"{word}\n")
+    """Add a line to the file ``log``, whole or not at all, whenever this worker is killed."""
+    line = f"{word!s:<15}\n".encode()
+    assert len(line) == 16  # a write may be cut where a page of the file ends, so no line may lie across it
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(file, line)
+    finally:
+        os.close(file)
     return word
 
 
@@ -53,7 +58,7 @@ def note_and_wait(log: Path, word: object, gate: Path) -> object:
 
 def noted(log: Path) -> list[str]:
     """The lines that tasks have added to ``log``."""
-    return log.read_text().splitlines() if log.exists() else []
+    return [line.rstrip() for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def send_self(number: int) -> None:
