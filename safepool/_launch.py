@@ -158,7 +158,8 @@ def default_launcher(name: str) -> ContextLauncher:
 def _process_class(context: Any, method: str, zygote: bool) -> Any:
     """The class whose ``start`` makes the child: ours for the stdlib's own contexts, else the context's."""
     if sys.platform != "win32":
-        ours = {"spawn": _SpawnProcess, "forkserver": _ZygoteProcess if zygote else _ForkServerProcess}.get(method)
+        forkserver = _ZygoteProcess if zygote else _ForkServerProcess
+        ours = {"fork": _ForkProcess, "spawn": _SpawnProcess, "forkserver": forkserver}.get(method)
         if ours is not None and context.Process is ours.__base__:
             return ours
     return context.Process
@@ -186,12 +187,45 @@ def _popen_without_main(popen: Any, **stand_ins: Any) -> Any:
     stand_ins["spawn"] = _StandIn(spawn, get_preparation_data=_preparation_without_main)
     launch = popen._launch
     launch = types.FunctionType(launch.__code__, {**launch.__globals__, **stand_ins}, launch.__name__)
-    return type("Popen", (popen,), {"_launch": launch})
+    return type("Popen", (popen,), {"__init__": _launch_at_once, "_launch": launch})
 
 
 if sys.platform != "win32":
-    from multiprocessing.context import ForkServerProcess, SpawnProcess
+    from multiprocessing.context import ForkProcess, ForkServerProcess, SpawnProcess
     from multiprocessing.forkserver import ForkServer
+
+    def _launch_at_once(self: Any, process: Any) -> None:
+        """In the place of multiprocessing's ``Popen.__init__``, which flushes the standard streams whatever it takes.
+
+        Scenario 1.  The program's stdout is a pipe that nobody reads and a task has filled; the program has words
+        of its own in its buffer.  A flush would block for ever, and no dead worker would be replaced again.
+        """
+        process.unflushed = [name for name in ("stdout", "stderr") if not _flush(getattr(sys, name))]
+        self._fds = []
+        self.returncode = None
+        self.finalizer = None
+        self._launch(process)
+
+    def _flush(stream: Any) -> bool:
+        """Empty a stream's buffer, as it was printed before the worker starts; False if it could block."""
+        try:
+            if _os.has_room(stream.fileno()):
+                stream.flush()
+                return True
+            return False
+        except (AttributeError, ValueError, OSError):
+            return True  # no stream, closed, or not of the system: nothing that could block or be said twice
+
+    def _renew(stream: Any) -> Any:
+        """A stream like this one with an empty buffer, and no lock that a thread held when the process forked."""
+        buffering = 1 if stream.line_buffering else -1
+        return open(stream.fileno(), "w", buffering, stream.encoding, stream.errors, closefd=False)
+
+    @functools.cache
+    def _fork_popen() -> Any:
+        from multiprocessing import popen_fork
+
+        return type("Popen", (popen_fork.Popen,), {"__init__": _launch_at_once})
 
     @functools.cache
     def _spawn_popen() -> Any:
@@ -216,6 +250,19 @@ if sys.platform != "win32":
 
     # A forked child is not the parent of the server, and may not ask for it with waitpid.
     os.register_at_fork(after_in_child=_zygote_popen.cache_clear)
+
+    class _ForkProcess(ForkProcess):
+        unflushed: list[str]
+
+        @staticmethod
+        def _Popen(process: Any) -> Any:
+            return _fork_popen()(process)
+
+        def run(self) -> None:
+            # What waits in the buffers is the parent's to say: here it would be said twice.
+            for name in self.unflushed:
+                setattr(sys, name, _renew(getattr(sys, name)))
+            super().run()
 
     class _SpawnProcess(SpawnProcess):
         @staticmethod

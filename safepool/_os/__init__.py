@@ -4,6 +4,7 @@
 * ``keep(socket)``, ``close(socket)``: a worker's end becomes ours too; the end of a socket of ours;
 * ``send_some(socket, buffers)``: one write, of many buffers where that is possible;
 * ``watch(pid) -> fd | None``: readable when that process is dead; None: ask ``is_dead`` again and again;
+* ``has_room(fd)``: a few kilobytes can be written to it without blocking;
 * ``send_signal(fd, process, number)``: to that very process, never to a pid that was reused;
 * ``CAPABILITIES``: what this platform gives; what is missing is said in ``MISSING``.
 """
@@ -11,10 +12,17 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
+import stat
+import sys
 import threading
 from typing import Any
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
 
 #: What can be had here: ``pidfd`` (death is learnt from the kernel at once), ``take_back`` (tasks
 #: that a worker has not begun can be withdrawn from it), ``fork``.
@@ -69,6 +77,21 @@ def send_some(channel: socket.socket, buffers: list[memoryview]) -> int:
     if hasattr(channel, "sendmsg"):
         return channel.sendmsg(buffers)
     return channel.send(buffers[0])
+
+
+def has_room(fd: int) -> bool:
+    """A few kilobytes can be written to ``fd`` at once, as far as that can be asked.  Raises ``OSError``."""
+    if sys.platform == "win32":
+        return True
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if not poll.poll(0):
+        return False
+    if hasattr(fcntl, "F_GETPIPE_SZ") and stat.S_ISFIFO(os.fstat(fd).st_mode):
+        # A pipe counts as writable when one page is free, and a buffer may hold four.
+        unread = int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+        return unread * 2 <= fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+    return True
 
 
 def _let_go_in_child() -> None:

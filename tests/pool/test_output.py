@@ -52,6 +52,7 @@ def test_a_full_pipe_stops_only_who_writes(tmp_path: Path, name: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(FLOOD)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    environment["TMPDIR"] = str(tmp_path)  # os._exit leaves multiprocessing's directories; it must not flush stdout
     with subprocess.Popen(
         [sys.executable, str(script), name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as program:
