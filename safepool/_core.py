@@ -15,6 +15,7 @@ begun; every command is carried out before the next event.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -223,10 +224,10 @@ class Core:
             wish, task.wish = task.wish, None
             if wish is not None:
                 self._settle(task, wish)
-            elif self._state is P.CANCELLING:
+            elif self._state is P.CANCELLING and (worker.sent or task is not back[0]):
                 self._settle(task, Failure("cancelled"))
             else:
-                waiting.append(task.new.task)
+                waiting.append(task.new.task)  # also what an idle worker was about to begin: see _cancel_waiting
         if waiting:
             self._out.append(e.Requeue(tuple(waiting)))
 
@@ -527,17 +528,28 @@ class Core:
             self._move_pool(P.CANCELLING)
         if not event.cancel:
             return
-        for task in tuple(self._tasks.values()):
-            if task.state in (T.QUEUED, T.BACKOFF):
-                self._settle(task, Failure("cancelled"))
-            elif task.state is T.ASKED:
-                self._settle(task)
+        self._cancel_waiting(spared=self._starting)
         for worker in self._workers.values():
             if len(worker.sent) > worker.begun:
                 self._out.append(e.TakeBack(worker.number))
 
+    def _cancel_waiting(self, spared: int) -> None:
+        """Settle what no worker has.  ``spared``: so many at the head of the queue run all the same.
+
+        A worker that starts has a task as good as running: the stock pool had handed it out by now,
+        and code that cancels at shutdown counts on something being done.
+        """
+        heads = itertools.islice((task for task in self._queue if task.state is T.QUEUED), spared)
+        kept = {task.new.task for task in heads}
+        for task in tuple(self._tasks.values()):
+            if task.state is T.BACKOFF or (task.state is T.QUEUED and task.new.task not in kept):
+                self._settle(task, Failure("cancelled"))
+            elif task.state is T.ASKED:
+                self._settle(task)
+
     def _on_end_workers(self, event: e.EndWorkersRequested) -> None:
         self._on_shutdown(e.ShutdownRequested(event.now, True))
+        self._cancel_waiting(spared=0)
         for worker in tuple(self._workers.values()):
             # What was sent may have begun: it ends as one whose worker was ended.
             for task in tuple(worker.sent):

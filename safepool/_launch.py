@@ -121,7 +121,14 @@ class ContextLauncher:
         self._count += 1
         name = f"{self._name}-worker-{self._count}"
         process = self._make(target=_worker.main, args=(channel, tickets, inherited), name=name)
-        process.start()
+        try:
+            process.start()
+        except RuntimeError:
+            # Python 3.12 does not fork once the interpreter is exiting, and a worker may die while the
+            # exit finishes the work.
+            if self.method != "fork":
+                raise
+            return default_launcher(self._name).launch(channel, tickets, setup)
         return WorkerProcess(process, greeting)
 
     def __repr__(self) -> str:

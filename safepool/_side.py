@@ -1,7 +1,11 @@
-"""A thread for other people's code: callbacks and retry policies run here, never on the watchdog.
+"""A thread for other people's code: callbacks, retry policies and launches run here, never on the watchdog.
 
 Jobs run one after another, in order.  A job that takes longer than ``PATIENCE_S`` is left to itself and
 the rest goes on beside it: one callback that blocks does not stop all others.
+
+Scenario 1: (a) a program submits and comes to its end, (b) a job is put.  From Python 3.12 on no thread
+can be started any more, and the exit finishes the work all the same: so a thread is started before there
+is a job (``stand_by``), and stays until the side is closed.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ from collections.abc import Callable
 from time import monotonic
 
 PATIENCE_S = 10.0
-IDLE_S = 1.0  # a thread without work ends after so long; a new job starts a new one
+LOOK_S = 60.0  # how often a thread without work looks whether it missed something
+JOIN_SLICE_S = 1.0
 
 Job = Callable[[], object]
 
 
 class Side:
-    """A queue of jobs and the thread that runs them, started when there is a job."""
+    """A queue of jobs and the thread that runs them."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -28,6 +33,13 @@ class Side:
         self._thread: threading.Thread | None = None
         self._busy_since: float | None = None
         self._closed = False
+
+    def stand_by(self) -> None:
+        """Have a thread ready for jobs to come."""
+        if self._thread is None:
+            with self._changed:
+                if self._thread is None and not self._closed:
+                    self._start()
 
     def put(self, job: Job) -> None:
         with self._changed:
@@ -76,13 +88,15 @@ class Side:
                 if self._jobs:
                     self._busy_since = monotonic()
                     return self._jobs.popleft()
-                if (self._closed or not self._changed.wait(IDLE_S)) and not self._jobs:
+                if self._closed:
                     self._thread = None
                     self._changed.notify_all()
+                else:
+                    self._changed.wait(LOOK_S)
             return None
 
     def close(self) -> None:
-        """Let the thread end as soon as nothing is left to do."""
+        """No job will come after those that are here: the thread may end after them."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -96,7 +110,7 @@ class Side:
                 since = self._busy_since if self._busy_since is not None else monotonic()
                 left = since + PATIENCE_S - monotonic()
                 if left > 0:
-                    self._changed.wait(min(left, IDLE_S))
+                    self._changed.wait(min(left, JOIN_SLICE_S))
                 elif self._jobs:
                     self._start()
                 else:

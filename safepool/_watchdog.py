@@ -18,7 +18,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 from . import _events as e
@@ -40,6 +40,7 @@ STATUS_AGAIN_S = 0.002
 ANSWER_LIMIT_S = 2.0  # for the watchdog to answer a caller
 LONGEST_S = 3600.0  # that is slept at a time: a selector takes no more than some weeks
 JOIN_SLICE_S = 1.0
+LAUNCH_SLICE_S = 0.002
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 _log = logging.getLogger("concurrent.futures")
@@ -108,8 +109,14 @@ class Watchdog:
 
     def submit(self, call: Call) -> None:
         self._mailbox.append(call)
+        if call.options.retry is not None:
+            self._judges.stand_by()
         if self.thread is None:
             self._start()
+            if self._policy.start_all:
+                # Scenario 3: (a) a program submits and comes to its end, (b) workers are to be forked.
+                # From Python 3.12 on that is refused, so it is done before ``submit`` returns.
+                self.await_launches()
         if not self._awake:
             self._wake()
         if self._closed.is_set():
@@ -138,6 +145,15 @@ class Watchdog:
         end = monotonic() + ANSWER_LIMIT_S
         while not answered.wait(min(0.1, ANSWER_LIMIT_S)) and monotonic() < end and not self._closed.is_set():
             self.check()
+
+    def await_launches(self) -> None:
+        """Wait until the workers for what was submitted so far are there, for at most ``ANSWER_LIMIT_S``."""
+        if self.thread is None:
+            return
+        end = monotonic() + ANSWER_LIMIT_S
+        self.ask(lambda: None)
+        while self._launching and monotonic() < end and not self.is_own_thread():
+            sleep(LAUNCH_SLICE_S)
 
     def cancel(self, task: int, *, kill: bool = False, wait: bool = False) -> None:
         def act() -> None:
@@ -209,6 +225,8 @@ class Watchdog:
                 thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
                 self.thread = thread
                 thread.start()
+                self._side.stand_by()
+                self._launches.stand_by()
             except (RuntimeError, OSError) as error:
                 self.thread = None
                 self._crashed(f"it could not be started: {error}")
@@ -414,7 +432,12 @@ class Watchdog:
             self._return_mail()
 
     def _launched(self, worker: int, outcome: Link | e.SpawnFailed) -> None:
-        self._launching.discard(worker)
+        try:
+            self._take_in(worker, outcome)
+        finally:
+            self._launching.discard(worker)  # not before ``processes`` shows it: see ``await_launches``
+
+    def _take_in(self, worker: int, outcome: Link | e.SpawnFailed) -> None:
         abandoned, doomed = worker in self._abandoned, worker in self._doomed_launches
         self._abandoned.discard(worker)
         self._doomed_launches.discard(worker)

@@ -228,11 +228,31 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
 
     @property
     def _processes(self) -> dict[int, Any]:  # type: ignore[override]
+        # Code that submits and then looks for processes (to kill them, say) finds those that are to come.
+        if not self._watchdog.is_fork():
+            self._watchdog.await_launches()
         return self._watchdog.processes
 
     @property
     def _executor_manager_thread(self) -> threading.Thread | None:  # type: ignore[override]
         return self._watchdog.thread
+
+    @property
+    def _call_queue(self) -> _NoQueue:
+        return _NoQueue()
+
+
+class _NoQueue:
+    """Stands where the stdlib has the queue of its calls: always empty, with nothing to wait for."""
+
+    def empty(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+    def join_thread(self) -> None:
+        pass
 
 
 class PoolView(_Submitter):
