@@ -38,6 +38,7 @@ ANSWER_LIMIT_S = 60.0  # for a retry policy to think, those of other tasks befor
 RESPAWN_DELAYS_S = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 5.0)  # after failed starts, or idle deaths, in a row
 HURRIED_S = 0.2  # the longest of them while nobody else is there to work: promise 1 has a second in all
 START_FAILURES = 4  # in a row, beyond one per seat: then the pool is broken
+SHORTAGE_S = 3.0  # that a waiting task bears with a system that starts no process
 UNBEGUN_DEATHS = 3  # workers that died with the same task next in line: then it is the task
 ACK_LIMIT_S = 10.0  # for an idle worker to begin what it is sent; after that it is frozen
 READ_BYTES_PER_S = 1e6  # and more time for big calls
@@ -65,6 +66,7 @@ class Core:
         self._at = self._timers.at
         self._worker_number = 0
         self._failed_starts = 0
+        self._short_since: float | None = None  # starts are refused, and a task waits, since then
         self._idle_deaths = 0  # in a row, without a finished task between them
         self._spawn_from = 0.0
         self._manned = 0  # seats that were in use at some time; a dead worker's is filled again
@@ -395,6 +397,7 @@ class Core:
             return
         worker.ready = True
         self._failed_starts = 0
+        self._short_since = None
         self._move_worker(worker, W.IDLE)
 
     def _on_unfit(self, event: e.WorkerUnfit) -> None:
@@ -408,14 +411,20 @@ class Core:
         self._bury(worker)
         if event.fatal:
             self._break(Failure("broken", reason=event.reason))
-        else:
-            self._start_failed(event.reason)
+            return
+        # The system is short of something, now.  Nobody waits: no harm is done.  A task waits: for a while.
+        if not self._queued:
+            self._short_since = None
+        elif self._short_since is None:
+            self._short_since = self._now
+        since = self._short_since
+        self._start_failed(event.reason, bear=since is None or self._now - since < SHORTAGE_S)
 
-    def _start_failed(self, reason: str) -> None:
+    def _start_failed(self, reason: str, *, bear: bool = False) -> None:
         """OTP's restart intensity: too many failed starts in a row, and nobody who ever got ready, break the pool."""
         self._failed_starts += 1
         limit = self._policy.max_workers + START_FAILURES
-        if self._failed_starts >= limit and self._fit == self._starting:
+        if self._failed_starts >= limit and self._fit == self._starting and not bear:
             reason = f"{self._failed_starts} workers in a row failed to start; the last: {reason}"
             self._break(Failure("broken", reason=reason))
             return
@@ -432,6 +441,7 @@ class Core:
     def _on_channel_lost(self, event: e.ChannelLost) -> None:
         worker = self._workers.get(event.worker)
         if worker is not None and worker.state in (W.STARTING, W.IDLE, W.BUSY):
+            worker.lost = event.reason
             self._kill(worker, ours=False)
 
     def _on_died(self, event: e.WorkerDied) -> None:
@@ -447,7 +457,7 @@ class Core:
         self._bury(worker)
         if first is not None and begun:
             doomed = first.state is T.DOOMED and first.failure is not None
-            why = first.failure if doomed else Failure("death", worker.number, event.exitcode)
+            why = first.failure if doomed else Failure("death", worker.number, event.exitcode, reason=worker.lost)
             assert why is not None
             self._attempt_failed(first, why)
         elif first is not None and first.state is T.QUEUED and not worker.ended_by_us:

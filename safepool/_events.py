@@ -111,7 +111,7 @@ class TakenBack(NamedTuple):
 
 
 class ChannelLost(NamedTuple):
-    """The worker's channel is closed or speaks nonsense, and the process still exists."""
+    """The worker's channel is closed (``reason`` is empty) or speaks nonsense, and the process still exists."""
 
     now: float
     worker: int

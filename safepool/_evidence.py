@@ -27,8 +27,9 @@ def error_of(failure: Failure, future: SafeFuture, options: TaskOptions, pid: in
 
 
 def _died(failure: Failure, future: SafeFuture, options: TaskOptions, pid: int | None) -> BaseException:
+    why = f" (it was killed: {failure.reason})" if failure.reason else ""
     return WorkerDied(
-        f"worker process {pid} died while it ran {future}: {how_it_ended(failure.exitcode)}; "
+        f"worker process {pid} died while it ran {future}: {how_it_ended(failure.exitcode)}{why}; "
         "the other tasks are not affected (retry= runs such a task again)",
         pid=pid,
         exitcode=failure.exitcode,

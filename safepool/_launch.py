@@ -7,17 +7,13 @@ time.  It may block: it is called on a thread of its own.
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import socket
-import sys
-import types
 from collections.abc import Iterator
-from multiprocessing import spawn
 from typing import Any, Protocol
 
-from . import _os, _payload, _wire, _worker
+from . import _contexts, _os, _payload, _wire, _worker
 from ._worker import Setup
 
 
@@ -48,7 +44,10 @@ class WorkerProcess:
 
     def exitcode(self) -> int | None:
         """The exit status of a dead worker; None while it is not known (yet)."""
-        return None if self._is_closed() else self.process.exitcode
+        if self._is_closed():
+            return None
+        code: int | None = self.process.exitcode
+        return None if getattr(self.process._popen, "status_is_lost", False) else code
 
     def _is_closed(self) -> bool:
         # Users find multiprocessing's object in ``_processes``, and may close() it once it is dead.
@@ -63,6 +62,8 @@ class WorkerProcess:
         # multiprocessing remembers its children, and with them two pipes each, until they are joined.
         if not self._is_closed():
             self.process.join(0)
+            if self.process.exitcode is None:
+                _contexts.forget(self.process)
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -96,12 +97,12 @@ class Launcher(Protocol):
 class ContextLauncher:
     """Starts workers through a start context of multiprocessing or loky.
 
-    ``zygote``: fork them from a server of safepool's own that has loaded what a worker needs.
+    ``zygote``: fork them from a server of safepool's own.
     """
 
     def __init__(self, context: Any, name: str = "safepool", *, zygote: bool = False) -> None:
         self.method: str = context.get_start_method(allow_none=False)
-        self._make = _process_class(context, self.method, zygote)
+        self._make = _contexts.process_class(context, self.method, zygote=zygote)
         self._name = name
         self._count = 0
 
@@ -152,136 +153,3 @@ def default_launcher(name: str) -> ContextLauncher:
     from loky.backend.context import get_context
 
     return ContextLauncher(get_context("loky"), name)
-
-
-# --------------------------------------- multiprocessing, but without the user's __main__
-#
-# Under "spawn" and "forkserver" multiprocessing runs the user's script again in every child, hence
-# the main guard that everybody forgets once.  What lives in __main__ travels by value here, so the
-# children need no __main__.  multiprocessing has no switch for it: its _launch methods ask their
-# module-level names ``spawn`` and ``forkserver``, so they are run here with stand-ins for those.
-
-
-def _process_class(context: Any, method: str, zygote: bool) -> Any:
-    """The class whose ``start`` makes the child: ours for the stdlib's own contexts, else the context's."""
-    if sys.platform != "win32":
-        forkserver = _ZygoteProcess if zygote else _ForkServerProcess
-        ours = {"fork": _ForkProcess, "spawn": _SpawnProcess, "forkserver": forkserver}.get(method)
-        if ours is not None and context.Process is ours.__base__:
-            return ours
-    return context.Process
-
-
-class _StandIn:
-    """A module, but for the names given."""
-
-    def __init__(self, module: types.ModuleType, **names: Any) -> None:
-        self._module = module
-        self.__dict__.update(names)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def _preparation_without_main(name: str) -> dict[str, Any]:
-    data = spawn.get_preparation_data(name)
-    data.pop("init_main_from_name", None)
-    data.pop("init_main_from_path", None)
-    return data
-
-
-def _popen_without_main(popen: Any, **stand_ins: Any) -> Any:
-    stand_ins["spawn"] = _StandIn(spawn, get_preparation_data=_preparation_without_main)
-    launch = popen._launch
-    launch = types.FunctionType(launch.__code__, {**launch.__globals__, **stand_ins}, launch.__name__)
-    return type("Popen", (popen,), {"__init__": _launch_at_once, "_launch": launch})
-
-
-if sys.platform != "win32":
-    from multiprocessing.context import ForkProcess, ForkServerProcess, SpawnProcess
-    from multiprocessing.forkserver import ForkServer
-
-    def _launch_at_once(self: Any, process: Any) -> None:
-        """In the place of multiprocessing's ``Popen.__init__``, which flushes the standard streams whatever it takes.
-
-        Scenario 1.  The program's stdout is a pipe that nobody reads and a task has filled; the program has words
-        of its own in its buffer.  A flush would block for ever, and no dead worker would be replaced again.
-        """
-        process.unflushed = [name for name in ("stdout", "stderr") if not _flush(getattr(sys, name))]
-        self._fds = []
-        self.returncode = None
-        self.finalizer = None
-        self._launch(process)
-
-    def _flush(stream: Any) -> bool:
-        """Empty a stream's buffer, as it was printed before the worker starts; False if it could block."""
-        try:
-            if _os.has_room(stream.fileno()):
-                stream.flush()
-                return True
-            return False
-        except (AttributeError, ValueError, OSError):
-            return True  # no stream, closed, or not of the system: nothing that could block or be said twice
-
-    def _renew(stream: Any) -> Any:
-        """A stream like this one with an empty buffer, and no lock that a thread held when the process forked."""
-        buffering = 1 if stream.line_buffering else -1
-        return open(stream.fileno(), "w", buffering, stream.encoding, stream.errors, closefd=False)
-
-    @functools.cache
-    def _fork_popen() -> Any:
-        from multiprocessing import popen_fork
-
-        return type("Popen", (popen_fork.Popen,), {"__init__": _launch_at_once})
-
-    @functools.cache
-    def _spawn_popen() -> Any:
-        from multiprocessing import popen_spawn_posix
-
-        return _popen_without_main(popen_spawn_posix.Popen)
-
-    @functools.cache
-    def _forkserver_popen() -> Any:
-        from multiprocessing import popen_forkserver
-
-        return _popen_without_main(popen_forkserver.Popen)
-
-    @functools.cache
-    def _zygote_popen() -> Any:
-        from multiprocessing import forkserver, popen_forkserver
-
-        server = ForkServer()  # not the program's own one: what it preloads is nobody's business
-        server.set_forkserver_preload([__name__])
-        ours = _StandIn(forkserver, connect_to_new_process=server.connect_to_new_process)
-        return _popen_without_main(popen_forkserver.Popen, forkserver=ours)
-
-    # A forked child is not the parent of the server, and may not ask for it with waitpid.
-    os.register_at_fork(after_in_child=_zygote_popen.cache_clear)
-
-    class _ForkProcess(ForkProcess):
-        unflushed: list[str]
-
-        @staticmethod
-        def _Popen(process: Any) -> Any:
-            return _fork_popen()(process)
-
-        def run(self) -> None:
-            # What waits in the buffers is the parent's to say: here it would be said twice.
-            for name in self.unflushed:
-                setattr(sys, name, _renew(getattr(sys, name)))
-            super().run()
-
-    class _SpawnProcess(SpawnProcess):
-        @staticmethod
-        def _Popen(process: Any) -> Any:
-            return _spawn_popen()(process)
-
-    class _ForkServerProcess(ForkServerProcess):
-        @staticmethod
-        def _Popen(process: Any) -> Any:
-            return _forkserver_popen()(process)
-
-    class _ZygoteProcess(ForkServerProcess):
-        @staticmethod
-        def _Popen(process: Any) -> Any:
-            return _zygote_popen()(process)

@@ -38,7 +38,7 @@ class Heard(NamedTuple):
     answers: list[Answer]
     begun: int | None  # the task that runs now, if its start was told
     run_s: float  # mean run time of the answered tasks, in seconds
-    lost: str | None  # why the channel cannot be read any more
+    lost: str | None  # why the channel cannot be read any more; "": it is closed
 
 
 class Link:
@@ -54,9 +54,9 @@ class Link:
         self.worker = worker
         self._number = 0
         self._sent: dict[int, int] = {}  # number -> task, not answered, in order
-        # (number, bytes to go); 0: not a call, or several small ones
+        # (number, bytes to go); 0: not a call, or several small ones.  A big call comes in parts.
         self._out: deque[tuple[int, memoryview]] = deque()
-        self._head_is_partial = False
+        self._head_is_partial = False  # some of its frame is written
         self._begun = 0  # the last number whose start was told
         self.is_deaf = False  # its channel is not read any more
         self.wanted = 0  # what the selector is asked for
@@ -98,13 +98,14 @@ class Link:
         small: list[bytes] = []
         for task, payload in calls:
             self._sent[number] = task
-            frame = _wire.encode_call(number, payload.data, payload.function)
-            if len(frame) < SMALL_BYTES:
-                small.append(frame)
+            parts = _wire.encode_call(number, payload.data, payload.function)
+            if payload.size_bytes() < SMALL_BYTES:
+                small += parts
             else:
                 self._put(b"".join(small))
                 small.clear()
-                self._put(frame, number)
+                for part in parts:
+                    self._put(part, number)
             number += 1
         self._put(b"".join(small))
         self._number = number - 1
@@ -136,7 +137,7 @@ class Link:
                     break
                 sent -= len(data)
                 self._out.popleft()
-                self._head_is_partial = False
+                self._head_is_partial = number > 0 and bool(self._out) and self._out[0][0] == number
         return True
 
     # ------------------------------------------------------------------ in
@@ -153,9 +154,8 @@ class Link:
         # What need not be written any more is not, if it is big; small calls go out, and the worker
         # passes over them for want of a ticket.  A frame that is half written must go out whole, or
         # the next one would not be understood.
-        kept = 1 if self._head_is_partial else 0
-        head = list(islice(self._out, kept))
-        self._out = deque(head + [out for out in islice(self._out, kept, None) if out[0] not in numbers])
+        dropped = numbers - {self._out[0][0]} if self._head_is_partial else numbers
+        self._out = deque(out for out in self._out if out[0] not in dropped)
         return tuple(self._sent.pop(number) for number in sorted(numbers))
 
     def unbegun(self) -> tuple[int, ...]:
@@ -171,7 +171,7 @@ class Link:
             while most_bytes > 0:
                 got = self._reader.read_from(self._channel)
                 if not got:
-                    lost = "its channel is closed"
+                    lost = ""
                     break
                 most_bytes -= got
         except (BlockingIOError, InterruptedError):
@@ -179,9 +179,12 @@ class Link:
         except OSError as error:
             lost = f"its channel broke: {error}"
         except MemoryError:
-            self._reader = _wire.FrameReader()
-            lost = "what it sent is too big for the memory of this process"
+            lost = self._give_up_reading()
         return self._understand(lost)
+
+    def _give_up_reading(self) -> str:
+        self._reader = _wire.FrameReader()
+        return "what it sent is too big for the memory of this process"
 
     def _understand(self, lost: str | None) -> Heard:
         booted = ready = False
@@ -206,6 +209,8 @@ class Link:
                     unfit = text.decode(errors="replace")
         except (_wire.ProtocolError, KeyError) as error:
             lost = f"it does not speak our protocol: {error!r}"
+        except MemoryError:
+            lost = self._give_up_reading()
         self._begun = begun or self._begun
         mean_s = run_s / len(answers) if answers else 0.0
         return Heard(booted, ready, unfit, answers, self._sent.get(begun), mean_s, lost)

@@ -33,7 +33,7 @@ class Worker:
     """A process that has a seat, from its launch until its death."""
 
     __slots__ = (
-        "begun", "begun_at", "booted", "ended_by_us", "kills", "left", "number", "quiet_since", "ready", "sent",
+        "begun", "begun_at", "booted", "ended_by_us", "kills", "left", "lost", "number", "quiet_since", "ready", "sent",
         "sent_bytes", "start_is_awaited", "state",
     )  # fmt: skip
 
@@ -49,6 +49,7 @@ class Worker:
         self.begun_at = 0.0
         self.left = left  # tasks it may still be sent
         self.kills = 0
+        self.lost = ""  # what was wrong with its channel
         self.quiet_since = 0.0  # it has a task to begin since then, and has not said that it began
         self.start_is_awaited = False  # a timer looks at that
 

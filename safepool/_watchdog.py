@@ -162,6 +162,8 @@ class Watchdog:
         (self.ask if wait else self.post)(act)
 
     def shutdown(self, *, cancel: bool) -> None:
+        if self.is_fork():
+            return  # called by the garbage collector, perhaps; a thread that is not here may hold the lock
         with self._start_lock:
             if self.thread is None:
                 self._closed.set()  # nothing ever ran, and now nothing will
@@ -216,11 +218,12 @@ class Watchdog:
             if self.thread is not None or self._closed.is_set():
                 return
             try:
-                self._wake_w, self._wake_r = _os.open_channel()
-                for end in (self._wake_w, _os.keep(self._wake_r)):
-                    self._own.callback(_os.close, end)
-                    end.setblocking(False)
-                self._selector = self._own.enter_context(selectors.DefaultSelector())
+                with _os.above_standard():
+                    self._wake_w, self._wake_r = _os.open_channel()
+                    for end in (self._wake_w, _os.keep(self._wake_r)):
+                        self._own.callback(_os.close, end)
+                        end.setblocking(False)
+                    self._selector = self._own.enter_context(selectors.DefaultSelector())
                 self._selector.register(self._wake_r, READ, None)
                 thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
                 self.thread = thread
@@ -418,7 +421,8 @@ class Watchdog:
         """On the launches' thread."""
         outcome: Link | e.SpawnFailed
         try:
-            outcome = Link(worker, self._launcher, self._setup, take_back=self._policy.take_back)
+            with _os.above_standard():
+                outcome = Link(worker, self._launcher, self._setup, take_back=self._policy.take_back)
         except (OSError, MemoryError, EOFError) as error:
             reason = f"worker {worker} could not be launched: {type(error).__name__}: {error}"
             outcome = e.SpawnFailed(monotonic(), worker, reason)

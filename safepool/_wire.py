@@ -18,9 +18,11 @@ CALL, EXIT, SETUP = 1, 2, 3
 BOOTED, READY, UNFIT, BEGAN, RETURNED, RAISED = 11, 12, 13, 14, 15, 16
 _KINDS = frozenset((CALL, EXIT, SETUP, BOOTED, READY, UNFIT, BEGAN, RETURNED, RAISED))
 
-# kind, number of the call at this worker, number of the call that begins now (0: none), run time in
+# Whatever else is written to a channel by mistake, one byte is enough, is found out at the next header.
+MAGIC = 0xF05AFE01
+# MAGIC, kind, number of the call at this worker, number of the call that begins now (0: none), run time in
 # seconds, length of text, length of body.
-_HEADER = struct.Struct("<BQQdQQ")
+_HEADER = struct.Struct("<IBQQdQQ")
 _TICKET = struct.Struct("<Q")
 TICKET_BYTES = _TICKET.size
 MOST_TEXT = 1 << 20
@@ -42,15 +44,16 @@ class Frame(NamedTuple):
 
 def encode(frame: Frame) -> bytes:
     kind, number, begins, run_s, text, body = frame
-    return _HEADER.pack(kind, number, begins, run_s, len(text), len(body)) + text + body
+    return _HEADER.pack(MAGIC, kind, number, begins, run_s, len(text), len(body)) + text + body
 
 
-def encode_call(number: int, data: bytes, function: bytes) -> bytes:
-    return _HEADER.pack(CALL, number, 0, 0.0, 0, len(data) + len(function)) + data + function
+def encode_call(number: int, data: bytes, function: bytes) -> list[bytes]:
+    """In parts, to be sent one after another: a big call is not copied."""
+    return [_HEADER.pack(MAGIC, CALL, number, 0, 0.0, 0, len(data) + len(function)), data, function]
 
 
 def encode_returned(number: int, begins: int, run_s: float, body: bytes) -> bytes:
-    return _HEADER.pack(RETURNED, number, begins, run_s, 0, len(body)) + body
+    return _HEADER.pack(MAGIC, RETURNED, number, begins, run_s, 0, len(body)) + body
 
 
 class FrameReader:
@@ -72,8 +75,8 @@ class FrameReader:
         new = tuple.__new__  # twice as fast as Frame(), on the hottest path there is
         try:
             while len(buffer) - at >= _HEADER.size:
-                kind, number, begins, run_s, text_len, body_len = _HEADER.unpack_from(buffer, at)
-                if kind not in _KINDS or text_len > MOST_TEXT:
+                magic, kind, number, begins, run_s, text_len, body_len = _HEADER.unpack_from(buffer, at)
+                if magic != MAGIC or kind not in _KINDS or text_len > MOST_TEXT:
                     raise ProtocolError(f"not a frame of ours: {bytes(buffer[at : at + _HEADER.size])!r}")
                 text_at = at + _HEADER.size
                 body_at = text_at + text_len

@@ -16,11 +16,14 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from . import _payload, _wire
+from . import _os, _payload, _wire
 from ._wire import Frame
+
+LOG_LIMIT_S = 1.0  # for the handlers of a log
 
 
 class Setup(NamedTuple):
@@ -37,7 +40,8 @@ def main(channel: socket.socket, tickets: socket.socket | None, setup: Setup | N
     comes as the first frame.
     """
     _own_signals()
-    link = _Link(channel, tickets)
+    link = _Link(_os.moved_up(channel), tickets and _os.moved_up(tickets))
+    _os.fill_standard()
     os.register_at_fork(after_in_child=link.disown)
     link.send(Frame(_wire.BOOTED, os.getpid()))
     try:
@@ -146,13 +150,26 @@ def _prepare(link: _Link, setup: Setup | None) -> bool:
         if setup.initializer is not None:
             setup.initializer(*setup.initargs)
     except BaseException as error:
-        import logging
-
-        logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
+        _log_unfit(error)
         link.send(Frame(_wire.UNFIT, text=_traceback(error)))
         return False
     link.send(Frame(_wire.READY, os.getpid()))
     return True
+
+
+def _log_unfit(error: BaseException) -> None:
+    """As the stdlib does, here in the worker; but the parent is told even if no handler ever comes back.
+
+    Scenario 1: stderr is a pipe that is full and nobody reads, or a handler of the user's raises.
+    """
+    import logging
+    import threading
+
+    log = logging.getLogger("concurrent.futures").critical
+    thread = threading.Thread(target=log, args=("Exception in initializer:",), kwargs={"exc_info": error}, daemon=True)
+    with suppress(RuntimeError):
+        thread.start()
+        thread.join(LOG_LIMIT_S)
 
 
 def _serve(link: _Link) -> None:
@@ -182,16 +199,16 @@ def _run(frame: Frame) -> _Answer:
     try:
         task = _payload.loads_call(frame.body)
     except BaseException as error:
-        from .errors import TaskUnreadable
+        from .errors import TaskUnreadable, words_of
 
-        why = f"the call could not be unpickled in worker {os.getpid()}: {type(error).__name__}: {error}"
+        why = f"the call could not be unpickled in worker {os.getpid()}: {words_of(error)}"
         return _failure(number, TaskUnreadable(why, pid=os.getpid()), perf_counter() - began, cause=error)
     del frame
     try:
         result = [task.fn(*one) for one in task.args] if task.is_chunk else task.fn(*task.args, **task.kwargs)
     except BaseException as error:
         answer = _failure(number, error, perf_counter() - began)
-        error.with_traceback(None)  # its frames hold the arguments
+        BaseException.with_traceback(error, None)  # its frames hold the arguments
         return answer
     run_s = perf_counter() - began
     del task
@@ -220,6 +237,8 @@ def _traceback(error: BaseException) -> bytes:
 
     try:
         text = "".join(traceback.format_exception(error))
-    except BaseException:  # a __str__ or __repr__ of the user's that raises
-        text = f"{type(error).__name__} (it cannot be shown)\n"
+    except BaseException:  # something of the user's that raises
+        from .errors import words_of
+
+        text = f"{words_of(error)}\n"
     return text.encode(errors="backslashreplace")[-_wire.MOST_TEXT :]

@@ -34,6 +34,14 @@ class Attempt:
         return f"attempt {self.number} (worker {self.pid}): {self.cause}: {self.error!r}"
 
 
+def words_of(error: BaseException) -> str:
+    """Type and message of any exception, whatever its own ``__str__`` does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except BaseException:
+        return f"{type(error).__name__} (it cannot be shown)"
+
+
 class _Facts:
     """What the errors below share: facts given by name become attributes and survive pickling."""
 

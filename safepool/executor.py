@@ -313,7 +313,11 @@ def _nominal_context(max_tasks_per_child: int | None) -> Any:
 
 
 def _name_of(fn: Any) -> str:
-    return getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    try:
+        name = fn.__qualname__
+    except Exception:  # it has none, or a __getattr__ of the user's fails
+        name = None
+    return name if isinstance(name, str) and name else type(fn).__qualname__
 
 
 def _fail_unsent(future: SafeFuture, error: BaseException) -> None:

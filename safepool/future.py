@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from . import _payload
 from ._link import Answer
-from .errors import Attempt, ResultUnreadable, Unfinished, with_attempts
+from .errors import Attempt, ResultUnreadable, Unfinished, with_attempts, words_of
 
 LOOK_AFTER_S = 1.0
 _DONE = (CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED)
@@ -165,7 +165,7 @@ class SafeFuture(Future[Any]):
             text = answer.text.decode(errors="replace")
             lost: BaseException = ResultUnreadable(
                 f"the {what} of {self} came from worker {self.worker_pid} but could not be unpickled here: "
-                f"{type(error).__name__}: {error}",
+                f"{words_of(error)}",
                 task=str(self),
                 pid=self.worker_pid,
             )

@@ -17,6 +17,7 @@ from . import _events as e
 from ._core import KILL_AGAIN_S, Core
 from .policy import PoolPolicy
 
+SHORTAGE_BOUND_S = 4.0
 BOUND_S = 1.0  # promise 1: so long may work wait without a worker that lives or starts
 FAIR_STEPS = 4000
 
@@ -83,6 +84,7 @@ class Simulation:
         self._finished: dict[int, bool] = {}
         self._began_at: dict[int, float] = {}
         self._starved_since: float | None = None
+        self._refused_at = -1.0  # when the system last started no process
         self._starts_without_ready = 0
 
     # ------------------------------------------------------ what users do
@@ -329,6 +331,7 @@ class Simulation:
         self._check(not alone or self._starts_without_ready <= limit, "a crash loop: workers are started for ever")
         if self.spawns_fail:
             self.spawns_fail -= 1
+            self._refused_at = self.now
             self._next.append(e.SpawnFailed(self.now, command.worker, "no process to be had"))
         else:
             self.workers[command.worker] = VirtualWorker(command.worker)
@@ -480,7 +483,10 @@ class Simulation:
         return task == worker.in_hand or task in worker.inbox or task in said | worker.unheard | worker.killed_for
 
     def _check_starvation(self, until: float) -> None:
-        """Promise 1: work that waits has a worker that lives or starts, within a second."""
+        """Promise 1: work that waits has a worker that lives or starts, within a second.
+
+        While the system refuses, trying once a second is as good, but not for long.
+        """
         snapshot = self.core.snapshot()
         waits = any(state == "queued" for state in snapshot.tasks.values())
         helped = any(w.can_work() or w.kills for w in self.workers.values())
@@ -490,6 +496,8 @@ class Simulation:
         if self._starved_since is None:
             self._starved_since = self.now
         bound, due = self._starved_since + BOUND_S, self.core.next_deadline()
+        if self._refused_at >= self._starved_since:
+            bound = min(self._starved_since + SHORTAGE_BOUND_S, self._refused_at + BOUND_S)
         helps = due is not None and due <= bound
         self._check(until <= bound or helps, "work waits and no worker lives or starts")
 

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: From the ground up.  A module may import from floors below its own only.
 FLOORS = [
     {"errors", "policy", "_tables", "_timers", "_wire", "_payload", "_os", "_side"},
-    {"_events", "_retry", "_worker"},
+    {"_events", "_retry", "_worker", "_contexts"},
     {"_records", "_launch"},
     {"_core", "_link"},
     {"future", "testing", "_evidence"},
@@ -87,7 +87,7 @@ def test_only_one_module_pickles(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if _module(p) != "_os"], ids=_module)
 def test_nobody_else_asks_for_the_platform(path: Path) -> None:
     """Differences between systems are told by ``CAPABILITIES``; two limits of Windows are the stdlib's own."""
-    allowed = {"executor": 2, "_launch": 2}.get(_module(path), 0)
+    allowed = {"executor": 2}.get(_module(path), 0)
     assert path.read_text(encoding="utf-8").count("sys.platform") <= allowed
 
 

@@ -1,5 +1,6 @@
 """The operating system in a handful of verbs; nobody else asks what platform this is.
 
+* ``above_standard()``: no descriptor that is opened within is taken for a standard stream;
 * ``open_channel() -> (ours, worker's)``: a private pair of connected sockets, kept out of forked children;
 * ``keep(socket)``, ``close(socket)``: a worker's end becomes ours too; the end of a socket of ours;
 * ``send_some(socket, buffers)``: one write, of many buffers where that is possible;
@@ -18,6 +19,8 @@ import socket
 import stat
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 if sys.platform != "win32":
@@ -43,12 +46,54 @@ MISSING: dict[str, str] = {
     "fork": "workers are started as new interpreters",
 }
 
+_STANDARD = (0, 1, 2)
 ASK_AGAIN_S = 0.05  # how often a death is asked for where it is not reported
 
 # Parent-side sockets, by descriptor.  A forked child (a worker under "fork", or a program's own
 # fork) must not keep them open: the worker at the far end would never see its parent go.
 _ours: dict[int, socket.socket] = {}
 _ours_lock = threading.RLock()
+
+
+@contextmanager
+def above_standard() -> Iterator[None]:
+    """Within, the descriptors 0, 1 and 2 are taken, so that nothing of ours is opened there.
+
+    Scenario 1.  The program has closed its standard streams, and a worker's channel becomes descriptor 1: what
+    any task prints, or a C library complains of, goes into the channel.
+    """
+    fillers: list[int] = []
+    try:
+        while not all(map(_is_open, _STANDARD)):
+            fillers.append(os.open(os.devnull, os.O_RDWR))
+        yield
+    finally:
+        for fd in fillers:
+            os.close(fd)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def fill_standard() -> None:
+    """In a worker: what is closed of 0, 1 and 2 leads nowhere from now on."""
+    while not all(map(_is_open, _STANDARD)):
+        os.open(os.devnull, os.O_RDWR)
+
+
+def moved_up(channel: socket.socket) -> socket.socket:
+    """``channel``, but not where a standard stream should be."""
+    if channel.fileno() not in _STANDARD:
+        return channel
+    with above_standard():
+        copy = channel.dup()
+    channel.close()
+    return copy
 
 
 def open_channel() -> tuple[socket.socket, socket.socket]:
@@ -111,7 +156,7 @@ def _unlock_after_fork() -> None:
 
 
 if "fork" in CAPABILITIES:
-    # Scenario: one thread has made a pair and not yet written it down, another one forks.
+    # Scenario 2: one thread has made a pair and not yet written it down, another one forks.
     os.register_at_fork(
         before=_lock_for_fork,
         after_in_parent=_unlock_after_fork,

@@ -128,7 +128,7 @@ class KillForgotten(Core):
 class CrashLoopForEver(Core):
     """Workers that die at their start are replaced for ever."""
 
-    def _start_failed(self, reason: str) -> None:
+    def _start_failed(self, reason: str, *, bear: bool = False) -> None:
         self._delay_spawn(0)
 
 

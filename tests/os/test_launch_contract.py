@@ -58,7 +58,7 @@ class _Started:
 
     def post(self, number: int, fn: Any, *args: Any) -> None:
         payload = _payload.dumps_call(fn, args, {})
-        self.channel.sendall(_wire.encode_call(number, payload.data, payload.function))
+        self.channel.sendall(b"".join(_wire.encode_call(number, payload.data, payload.function)))
 
     def call(self, number: int, *call: Any) -> _wire.Frame:
         fn, *args = call

@@ -273,10 +273,10 @@ class Refusal:
 
 
 @pytest.mark.parametrize(
-    ("error", "most"), [(OSError("no process for you"), 20), (ValueError("no process for you"), 2)], ids=repr
+    ("error", "most"), [(OSError("no process for you"), 50), (ValueError("no process for you"), 2)], ids=repr
 )
 def test_a_system_that_starts_no_process_breaks_the_pool(pool: MakePool, error: Exception, most: int) -> None:
-    """A launch that fails is tried some times, one that makes no sense once per seat; then the pool is broken."""
+    """A launch that fails is tried for some seconds, one that makes no sense once per seat; then the pool is broken."""
     refusal = Refusal(error)
     executor = pool(2, refusal)
     began = monotonic()

@@ -13,7 +13,6 @@ import pytest
 import tenacity
 
 from safepool import PoisonTask, Retry, SafePoolExecutor, TaskTimeout, WorkerDied
-from safepool._side import IDLE_S
 from tests.pool import tasks
 from tests.pool.test_deaths import error_of, is_usable, running
 from tests.support import LIMIT_S, SLACK_S, until
@@ -176,7 +175,7 @@ def test_a_policy_may_wait(pool: MakePool, log: Path, wait_s: Any) -> None:
 
 def test_a_policy_may_wait_for_long(pool: MakePool, log: Path) -> None:
     """However long it takes from one attempt to the next, the policy goes on where it was."""
-    future = pool(1, retry=Retry(attempts=4, wait=IDLE_S + 0.2)).submit(tasks.fail_until, log, 2)
+    future = pool(1, retry=Retry(attempts=4, wait=1.2)).submit(tasks.fail_until, log, 2)
     assert future.result(LIMIT_S) == 3
     assert causes(future.attempts) == [(1, "error"), (2, "error")]
 

@@ -1,0 +1,78 @@
+"""What the core decides in cases that a random history seldom meets."""
+
+from __future__ import annotations
+
+from safepool import _core
+from safepool.policy import PoolPolicy
+from safepool.testing import Simulation
+
+
+def states(sim: Simulation) -> list[str]:
+    """How the tasks stand, in the order of their submission."""
+    open_ones = sim.core.snapshot().tasks
+    return [open_ones.get(task) or sim.outcomes[task] for task in sim.tasks]
+
+
+def test_cancelling_at_shutdown_spares_what_starting_workers_will_run() -> None:
+    """A program that submits and at once shuts down with ``cancel_futures`` has as many answers as workers start."""
+    sim = Simulation(PoolPolicy(max_workers=2))
+    sim.submit_many(5)
+    sim.shutdown(cancel=True)
+    assert states(sim) == ["queued", "queued", "cancelled", "cancelled", "cancelled"]
+    for worker in tuple(sim.workers):
+        sim.ready(worker)
+    assert states(sim)[:2] == ["sent", "sent"]
+    sim.settle()
+    assert states(sim)[:2] == ["answered", "answered"]
+
+
+def test_cancelling_at_shutdown_leaves_an_idle_worker_what_it_was_about_to_begin() -> None:
+    """The same a moment later: the workers have their tasks and have not begun them."""
+    sim = Simulation(PoolPolicy(max_workers=2))
+    sim.submit_many(5)
+    for worker in tuple(sim.workers):
+        sim.ready(worker)
+    sim.shutdown(cancel=True)
+    assert states(sim)[2:] == ["cancelled", "cancelled", "cancelled"]
+    sim.settle()
+    assert states(sim)[:2] == ["answered", "answered"]
+
+
+def test_ending_the_workers_spares_nothing() -> None:
+    """``kill_workers`` settles every task at once, also those that starting workers would have run."""
+    sim = Simulation(PoolPolicy(max_workers=2))
+    sim.submit_many(5)
+    sim.end_workers(hard=True)
+    assert set(states(sim)) == {"cancelled"}
+    sim.settle()
+
+
+def test_a_passing_shortage_breaks_nothing() -> None:
+    """A system that starts no process for some seconds: an idle pool bears it for ever, a waiting task for a while."""
+    sim = Simulation(PoolPolicy(max_workers=1))
+    sim.submit()
+    worker = next(iter(sim.workers))
+    sim.ready(worker)
+    sim.begin(worker)
+    sim.finish(worker)
+    sim.hear(worker)
+    sim.spawns_fail = 10**6
+    sim.die(worker)
+    sim.advance(3600.0)
+    assert sim.core.snapshot().pool == "open"
+    sim.submit()
+    sim.advance(_core.SHORTAGE_S - 0.5)
+    assert states(sim)[1] == "queued"
+    sim.spawns_fail = 0
+    sim.advance(_core.HURRIED_S)
+    assert sim.workers
+    sim.settle()
+
+
+def test_a_shortage_that_lasts_breaks_the_pool_with_the_evidence() -> None:
+    """A task does not wait for ever for a process that cannot be had."""
+    sim = Simulation(PoolPolicy(max_workers=1))
+    sim.spawns_fail = 10**6
+    sim.submit()
+    sim.advance(_core.SHORTAGE_S + 1.0)
+    assert (states(sim), sim.core.snapshot().pool) == (["broken"], "closed")
