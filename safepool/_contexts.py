@@ -18,12 +18,13 @@ import sys
 import threading
 import types
 import weakref
-from contextlib import suppress
-from multiprocessing import process, spawn
+from contextlib import ExitStack, suppress
+from multiprocessing import process, spawn, util
 from typing import Any
 
 from . import _os
 
+MOST_OPENED = 4  # pairs of descriptors, while a fork server is asked for a process
 LONGEST_ADDRESS = 100  # of a socket in the file system, in bytes; the system allows 107, on macOS 103
 
 _started: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -49,6 +50,11 @@ def forget(child: Any) -> None:
     if popen is not None:
         with suppress(OSError):
             popen.close()
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 class _StandIn:
@@ -119,7 +125,7 @@ if "fork" in _os.CAPABILITIES:
 
     @functools.cache
     def _fork_popen() -> Any:
-        from multiprocessing import popen_fork, util
+        from multiprocessing import popen_fork
 
         class Popen(popen_fork.Popen):
             __init__ = _launch_at_once
@@ -132,19 +138,18 @@ if "fork" in _os.CAPABILITIES:
                     ends += os.pipe()
                     self.pid = os.fork()
                 except BaseException:
-                    util.close_fds(*ends)  # type: ignore[attr-defined]
+                    _close(*ends)
                     raise
                 our_r, their_w, their_r, our_w = ends
                 if self.pid == 0:
                     code = 1
                     try:
-                        util.close_fds(our_r, our_w)  # type: ignore[attr-defined]
+                        _close(our_r, our_w)
                         code = child._bootstrap(parent_sentinel=their_r)
                     finally:
                         os._exit(code)
-                util.close_fds(their_w, their_r)  # type: ignore[attr-defined]
-                close = util.close_fds  # type: ignore[attr-defined]
-                self.finalizer = util.Finalize(self, close, (our_r, our_w))
+                _close(their_w, their_r)
+                self.finalizer = util.Finalize(self, _close, (our_r, our_w))
                 self.sentinel = our_r
 
         return Popen
@@ -164,15 +169,12 @@ if "fork" in _os.CAPABILITIES:
 
         base: Any = popen_forkserver.Popen
 
-        def connect_with_room(fds: list[int]) -> tuple[int, int]:
-            ours = connect(fds)
-            try:
-                os.close(os.dup(ours[0]))  # multiprocessing will, and leaves both open where it cannot
-            except OSError:
-                for fd in ours:
-                    os.close(fd)
-                raise
-            return ours  # type: ignore[no-any-return]
+        def connect_with_room(fds: list[int]) -> Any:
+            # multiprocessing forgets what it has opened when it cannot open the next: look first.
+            with ExitStack() as probe:
+                for _ in range(MOST_OPENED):
+                    probe.callback(_close, *os.pipe())
+            return connect(fds)
 
         def poll(self: Any, flag: int = os.WNOHANG) -> int | None:
             """As multiprocessing's, but a status that was never sent is not taken for 255: the server was killed."""
@@ -243,7 +245,6 @@ if "fork" in _os.CAPABILITIES:
         """Where a fork server listens: in multiprocessing's directory, if that is there and its name is short."""
         import shutil
         import tempfile
-        from multiprocessing import util
 
         address: str = connection.arbitrary_address(family)  # type: ignore[attr-defined]
         if len(os.fsencode(address)) <= LONGEST_ADDRESS and os.path.isdir(os.path.dirname(address)):

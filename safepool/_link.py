@@ -128,6 +128,7 @@ class Link:
                 return False
             except OSError:
                 self._out.clear()  # nobody reads any more; the death of the worker will tell
+                self._head_is_partial = False
                 return True
             while sent:
                 number, data = self._out[0]

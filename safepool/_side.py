@@ -10,11 +10,12 @@ is a job (``stand_by``), and stays until the side is closed.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
+
+from ._log import ERROR, tell
 
 PATIENCE_S = 10.0
 LOOK_S = 60.0  # how often a thread without work looks whether it missed something
@@ -74,8 +75,8 @@ class Side:
         while (job := self._next(me)) is not None:
             try:
                 job()
-            except BaseException:
-                logging.getLogger("concurrent.futures").exception("an unexpected error on thread %s", self._name)
+            except BaseException as error:
+                tell(ERROR, "an unexpected error on thread %s", self._name, error=error)
             del job
             with self._changed:
                 if self._thread is me:

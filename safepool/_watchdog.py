@@ -9,7 +9,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import logging
 import os
 import selectors
 import signal
@@ -28,6 +27,7 @@ from ._core import Core
 from ._evidence import error_of
 from ._launch import Launcher, Processes
 from ._link import Link
+from ._log import CRITICAL, tell
 from ._payload import SPENT
 from ._side import Side
 from ._worker import Setup
@@ -42,8 +42,6 @@ LONGEST_S = 3600.0  # that is slept at a time: a selector takes no more than som
 JOIN_SLICE_S = 1.0
 LAUNCH_SLICE_S = 0.002
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-
-_log = logging.getLogger("concurrent.futures")
 
 
 class Launched(NamedTuple):
@@ -206,6 +204,10 @@ class Watchdog:
 
     def deliver(self, job: Callable[[], object]) -> None:
         self._side.put(job)
+
+    def _tell(self, message: str, *args: object, error: BaseException | None = None) -> None:
+        """To the log; on another thread, for its handlers may block, and stderr may be a pipe that is full."""
+        self._side.put(lambda: tell(CRITICAL, message, *args, error=error))
 
     def state_of(self, task: int) -> str:
         return self._core.state_of(task)
@@ -505,13 +507,13 @@ class Watchdog:
     def _act_abandon(self, command: e.Abandon) -> None:
         link = self._links.get(command.worker)
         if link is not None:
-            _log.critical("safepool: %r does not die even of SIGKILL; it is given up and replaced", link.process)
+            self._tell("safepool: %r does not die even of SIGKILL; it is given up and replaced", link.process)
             self._dying.pop(command.worker, None)
             self._hear(link)
             self._events.append(e.WorkerDied(monotonic(), command.worker, None, link.unbegun()))
             self._forget(link)
         elif command.worker in self._launching:
-            _log.critical("safepool: worker %d is being launched for ever; it is given up", command.worker)
+            self._tell("safepool: worker %d is being launched for ever; it is given up", command.worker)
             self._abandoned.add(command.worker)
             self._events.append(e.WorkerDied(monotonic(), command.worker, None, ()))
 
@@ -618,12 +620,12 @@ class Watchdog:
             f"{trouble.strip()}\nLast events:\n" + "\n".join(log[-20:])
         )
         self.broken = message
-        _log.critical("safepool: %s", message)
+        self._tell("safepool: %s", message)
         for link in tuple(self._links.values()):
             try:
                 _discard(link)
-            except Exception:
-                _log.exception("safepool: while killing %r", link)
+            except Exception as error:
+                self._tell("safepool: while killing %r", link, error=error)
         self._fail_all(PoolBroken(message, reason=trouble, event_log=log))
         self._links.clear()
         self.processes.clear()

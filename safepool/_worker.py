@@ -6,7 +6,8 @@ Guarantees:
 * a task runs only if its ticket is drawn, so what the parent took back never runs;
 * no task can end this loop: whatever it raises travels, ``SystemExit`` and ``KeyboardInterrupt`` too.
 
-Imports little: this is what every worker pays at its start.
+Imports little, for every worker pays for it at its start; but all that an error needs is there before the first
+task, which may leave the worker unable to open a file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +24,9 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from . import _os, _payload, _wire
+from ._log import CRITICAL, tell
 from ._wire import Frame
+from .errors import TaskUnreadable, words_of
 
 LOG_LIMIT_S = 1.0  # for the handlers of a log
 
@@ -162,11 +167,8 @@ def _log_unfit(error: BaseException) -> None:
 
     Scenario 1: stderr is a pipe that is full and nobody reads, or a handler of the user's raises.
     """
-    import logging
-    import threading
-
-    log = logging.getLogger("concurrent.futures").critical
-    thread = threading.Thread(target=log, args=("Exception in initializer:",), kwargs={"exc_info": error}, daemon=True)
+    args = CRITICAL, "Exception in initializer:"
+    thread = threading.Thread(target=tell, args=args, kwargs={"error": error}, daemon=True)
     with suppress(RuntimeError):
         thread.start()
         thread.join(LOG_LIMIT_S)
@@ -199,8 +201,6 @@ def _run(frame: Frame) -> _Answer:
     try:
         task = _payload.loads_call(frame.body)
     except BaseException as error:
-        from .errors import TaskUnreadable, words_of
-
         why = f"the call could not be unpickled in worker {os.getpid()}: {words_of(error)}"
         return _failure(number, TaskUnreadable(why, pid=os.getpid()), perf_counter() - began, cause=error)
     del frame
@@ -233,12 +233,8 @@ def _failure(number: int, error: BaseException, run_s: float, cause: BaseExcepti
 
 
 def _traceback(error: BaseException) -> bytes:
-    import traceback
-
     try:
         text = "".join(traceback.format_exception(error))
     except BaseException:  # something of the user's that raises
-        from .errors import words_of
-
         text = f"{words_of(error)}\n"
     return text.encode(errors="backslashreplace")[-_wire.MOST_TEXT :]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -29,15 +29,27 @@ class Attempt:
     cause: str
     pid: int | None
     error: BaseException | None
+    # Now, on the thread that made it: a __repr__ of the user's may raise or block, and the watchdog tells attempts.
+    _words: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_words", _safe_repr(self.error))
 
     def __str__(self) -> str:
-        return f"attempt {self.number} (worker {self.pid}): {self.cause}: {self.error!r}"
+        return f"attempt {self.number} (worker {self.pid}): {self.cause}: {self._words}"
 
 
 def words_of(error: BaseException) -> str:
     """Type and message of any exception, whatever its own ``__str__`` does."""
     try:
         return f"{type(error).__name__}: {error}"
+    except BaseException:
+        return f"{type(error).__name__} (it cannot be shown)"
+
+
+def _safe_repr(error: BaseException | None) -> str:
+    try:
+        return repr(error)
     except BaseException:
         return f"{type(error).__name__} (it cannot be shown)"
 

@@ -7,7 +7,6 @@ for a pool that is gone.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 
 from . import _payload
 from ._link import Answer
+from ._log import ERROR, tell
 from .errors import Attempt, ResultUnreadable, Unfinished, with_attempts, words_of
 
 LOOK_AFTER_S = 1.0
@@ -277,8 +277,8 @@ class SafeFuture(Future[Any]):
         for callback in self._done_callbacks:
             try:
                 callback(self)
-            except BaseException:  # SystemExit of one is not to keep the others from being called
-                logging.getLogger("concurrent.futures").exception("exception calling callback for %r", self)
+            except BaseException as error:  # SystemExit of one is not to keep the others from being called
+                tell(ERROR, "exception calling callback for %r", self, error=error)
 
 
 def blame(error: BaseException, cause: BaseException) -> None:

@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: From the ground up.  A module may import from floors below its own only.
 FLOORS = [
-    {"errors", "policy", "_tables", "_timers", "_wire", "_payload", "_os", "_side"},
-    {"_events", "_retry", "_worker", "_contexts"},
+    {"errors", "policy", "_tables", "_timers", "_wire", "_payload", "_os", "_log"},
+    {"_events", "_retry", "_worker", "_contexts", "_side"},
     {"_records", "_launch"},
     {"_core", "_link"},
     {"future", "testing", "_evidence"},
