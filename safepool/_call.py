@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from . import _events as e
 from ._link import Answer
 from ._payload import Payload
-from .errors import Attempt
+from .errors import Attempt, with_attempts
 from .future import SafeFuture
 from .policy import Retry, TaskOptions
 
@@ -65,7 +65,8 @@ class Call:
                 return None  # the result is accepted
         future.attempts += (Attempt(attempt, kind, pid, error),)
         if verdict.delay_s is None:
-            self.error = verdict.error or error  # the very object that the last attempt names
+            final = verdict.error or error  # the very object that the last attempt names
+            self.error = final and with_attempts(final, future.attempts)
         return verdict.delay_s
 
     def __repr__(self) -> str:

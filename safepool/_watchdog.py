@@ -535,7 +535,7 @@ class Watchdog:
         kind, task, attempt, ended = command.failure.kind, command.task, command.attempt, monotonic()
         if kind not in ("error", "result"):
             call.answer = None  # one that came too late
-            call.error = error_of(command.failure, call.future, call.options, pid)
+            call.error = with_attempts(error_of(command.failure, call.future, call.options, pid), call.future.attempts)
 
         def judge() -> None:
             delay_s = None
@@ -552,29 +552,32 @@ class Watchdog:
 
     def _act_resolve(self, command: e.Resolve) -> None:
         for task in command.tasks:
-            call = self._calls.pop(task)
+            call = self._calls[task]
             if call.error is not None:
-                call.future.failed(with_attempts(call.error, call.future.attempts))
+                call.future.failed(call.error)
             else:
                 assert call.answer is not None
                 call.future.answered(call.answer)
+            del self._calls[task]  # not before its future knows: a breakdown fails what is in here
 
     def _act_fail(self, command: e.Fail) -> None:
-        call = self._calls.pop(command.task)
-        failure = command.failure
+        call, failure = self._calls[command.task], command.failure
         if failure.kind == "cancelled":
             call.future.cancelled_by_pool()
-            return
-        pid = self._pids.get(failure.worker) if failure.worker is not None else None
-        if call.error is not None and failure.kind in ("death", "timeout"):
-            error = call.error  # the one its retry policy saw
+        elif call.error is not None and failure.kind in ("death", "timeout"):
+            call.future.failed(call.error)  # the one its retry policy saw
         else:
-            error = error_of(failure, call.future, call.options, pid)
-            if call.options.retry is not None and failure.kind in ("death", "poison", "timeout"):
-                # An attempt that its policy was not asked about.
-                cause = "timeout" if failure.kind == "timeout" else "death"
-                call.future.attempts += (Attempt(len(call.future.attempts) + 1, cause, pid, error),)
-        call.future.failed(with_attempts(error, call.future.attempts) if call.future.attempts else error)
+            call.future.failed(self._final_error(call, failure))
+        del self._calls[command.task]
+
+    def _final_error(self, call: Call, failure: e.Failure) -> BaseException:
+        pid = self._pids.get(failure.worker) if failure.worker is not None else None
+        error = error_of(failure, call.future, call.options, pid)
+        if call.options.retry is not None and failure.kind in ("death", "poison", "timeout"):
+            # An attempt that its policy was not asked about.
+            cause = "timeout" if failure.kind == "timeout" else "death"
+            call.future.attempts += (Attempt(len(call.future.attempts) + 1, cause, pid, error),)
+        return with_attempts(error, call.future.attempts) if call.future.attempts else error
 
     def _act_close(self, command: e.Close) -> None:
         pass  # ``_run`` sees it

@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 from . import _os, _payload, _wire
 from ._log import CRITICAL, tell
 from ._wire import Frame
-from .errors import TaskUnreadable, words_of
+from .errors import TaskUnreadable, traceback_of, words_of
 
 LOG_LIMIT_S = 1.0  # for the handlers of a log
 
@@ -233,8 +232,4 @@ def _failure(number: int, error: BaseException, run_s: float, cause: BaseExcepti
 
 
 def _traceback(error: BaseException) -> bytes:
-    try:
-        text = "".join(traceback.format_exception(error))
-    except BaseException:  # something of the user's that raises
-        text = f"{words_of(error)}\n"
-    return text.encode(errors="backslashreplace")[-_wire.MOST_TEXT :]
+    return traceback_of(error).encode(errors="backslashreplace")[-_wire.MOST_TEXT :]

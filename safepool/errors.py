@@ -8,6 +8,7 @@ for ``concurrent.futures`` catches what it always caught.  The facts are attribu
 from __future__ import annotations
 
 import signal
+import traceback
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -45,6 +46,15 @@ def words_of(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except BaseException:
         return f"{type(error).__name__} (it cannot be shown)"
+
+
+def traceback_of(error: BaseException) -> str:
+    """What the interpreter would print of it, as far as the methods of the error let it."""
+    try:
+        return "".join(traceback.format_exception(error))
+    except BaseException:
+        where = traceback.format_tb(error.__traceback__)
+        return "".join(["Traceback (most recent call last):\n", *where, words_of(error), "\n"])
 
 
 def _safe_repr(error: BaseException | None) -> str:

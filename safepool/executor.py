@@ -18,7 +18,7 @@ from ._call import Call
 from ._launch import ContextLauncher, default_launcher
 from ._watchdog import Watchdog
 from ._worker import Setup
-from .errors import PoolBroken
+from .errors import PoolBroken, traceback_of
 from .future import SafeFuture, blame, remote_traceback
 from .policy import MAX_WINDOWS_WORKERS, OnWorkerDeath, PoolPolicy, TaskOptions
 
@@ -166,7 +166,9 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         future = SafeFuture(watchdog, next(_tasks), options.name or _name_of(fn))
         try:
             payload = _payload.dumps_call(fn, args, kwargs, chunk=chunk)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise  # more likely the user's than the argument's
+        except BaseException as error:
             _fail_unsent(future, error)
             return future
         with self._lock:
@@ -322,9 +324,7 @@ def _name_of(fn: Any) -> str:
 
 def _fail_unsent(future: SafeFuture, error: BaseException) -> None:
     if error.__cause__ is None:
-        import traceback
-
-        blame(error, remote_traceback("".join(traceback.format_exception(error))))
+        blame(error, remote_traceback(traceback_of(error)))
     future.failed(error)
 
 

@@ -160,7 +160,9 @@ class SafeFuture(Future[Any]):
     def _unpickle(self, answer: Answer) -> tuple[Any, BaseException | None]:
         try:
             value = _payload.loads(answer.body)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise  # more likely the user's than the answer's
+        except BaseException as error:
             what = "result" if answer.ok else "exception"
             text = answer.text.decode(errors="replace")
             lost: BaseException = ResultUnreadable(
