@@ -49,6 +49,13 @@ class WorkerProcess:
         code: int | None = self.process.exitcode
         return None if getattr(self.process._popen, "status_is_lost", False) else code
 
+    def is_status_lost(self) -> bool:
+        """Will the exit status of this dead worker never be known?"""
+        if self._is_closed() or self.process.exitcode is not None:
+            return True
+        is_child = getattr(self.process._popen, "method", "") in ("fork", "spawn")
+        return is_child and _os.is_reaped(self._fd)
+
     def _is_closed(self) -> bool:
         # Users find multiprocessing's object in ``_processes``, and may close() it once it is dead.
         return bool(getattr(self.process, "_closed", False))

@@ -392,7 +392,7 @@ class Watchdog:
                     self._died(link)
         for worker, (link, limit) in tuple(self._dying.items()):
             code = link.process.exitcode()
-            if code is not None or monotonic() >= limit:
+            if code is not None or link.process.is_status_lost() or monotonic() >= limit:
                 del self._dying[worker]
                 self._hear(link, most_bytes=1 << 62)  # "answered, then died" is one fact: first the answer
                 self._drain()

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import signal
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,11 +165,21 @@ def how_it_ended(exitcode: int | None) -> str:
 def with_attempts(error: BaseException, attempts: Iterable[Attempt]) -> BaseException:
     """Put the failed attempts on the final exception: as ``.attempts`` and, in words, as notes."""
     told = tuple(attempts)
-    for attempt in told:
-        if attempt.error is not error:
-            with suppress(Exception):
+    # An exception with __slots__, a frozen one, or one with properties of these names may refuse either.
+    with _whatever_it_does():
+        for attempt in told:
+            if attempt.error is not error:
                 error.add_note(f"safepool: {attempt}")
-    # An exception with __slots__, or a frozen one, may refuse either.
-    with suppress(Exception):
+    with _whatever_it_does():
         error.attempts = told  # type: ignore[attr-defined]
     return error
+
+
+@contextmanager
+def _whatever_it_does() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise  # the user's
+    except BaseException:
+        pass

@@ -6,6 +6,7 @@
 * ``send_some(socket, buffers)``: one write, of many buffers where that is possible;
 * ``watch(pid) -> fd | None``: readable when that process is dead; None: ask ``is_dead`` again and again;
 * ``has_room(fd)``: a few kilobytes can be written to it without blocking;
+* ``is_reaped(fd)``: the status of this dead child was taken by somebody else, and will never be known;
 * ``send_signal(fd, process, number)``: to that very process, never to a pid that was reused;
 * ``CAPABILITIES``: what this platform gives; what is missing is said in ``MISSING``.
 """
@@ -177,6 +178,17 @@ def watch(pid: int) -> int | None:
         raise
     except OSError:  # an old kernel, or no descriptor is left: then it is asked for
         return None
+
+
+def is_reaped(fd: int | None) -> bool:
+    """Was the dead child behind ``fd`` waited for already?  False where that cannot be asked."""
+    if fd is None:
+        return False
+    try:
+        os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
 
 
 def send_signal(fd: int | None, process: Any, *, hard: bool) -> None:
