@@ -30,6 +30,7 @@ class Call:
         self.submitted = submitted
         self.answer: Answer | None = None
         self.error: BaseException | None = None  # in place of the answer
+        self.is_final = False  # ``error`` is what the retry policy left, attempts and all
         self._judge: Judge | None = None
 
     def as_new_task(self) -> e.NewTask:
@@ -67,6 +68,7 @@ class Call:
         if verdict.delay_s is None:
             final = verdict.error or error  # the very object that the last attempt names
             self.error = final and with_attempts(final, future.attempts)
+            self.is_final = True
         return verdict.delay_s
 
     def __repr__(self) -> str:

@@ -168,6 +168,7 @@ if "fork" in _os.CAPABILITIES:
         from multiprocessing import forkserver, popen_forkserver
 
         base: Any = popen_forkserver.Popen
+        reading = threading.Lock()  # held for one read of what is there
 
         def connect_with_room(fds: list[int]) -> Any:
             # multiprocessing forgets what it has opened when it cannot open the next: look first.
@@ -177,14 +178,22 @@ if "fork" in _os.CAPABILITIES:
             return connect(fds)
 
         def poll(self: Any, flag: int = os.WNOHANG) -> int | None:
-            """As multiprocessing's, but a status that was never sent is not taken for 255: the server was killed."""
-            if self.returncode is None:
-                if not connection.wait([self.sentinel], 0 if flag == os.WNOHANG else None):
-                    return None
-                try:
-                    self.returncode = forkserver.read_signed(self.sentinel)
-                except (OSError, EOFError):
-                    self.returncode, self.status_is_lost = 255, True
+            """As multiprocessing's, but a status that was never sent is not taken for 255: the server was killed.
+
+            Scenario 3.  The watchdog asks for a status, and a launch, which polls all children, asks too: (a) both
+            see that there is something to read, (b) one reads it, (c) the other finds the end, and thinks it lost.
+            """
+            if self.returncode is not None:
+                return self.returncode  # type: ignore[no-any-return]
+            if not connection.wait([self.sentinel], 0 if flag == os.WNOHANG else None):
+                return None
+            with reading:
+                if self.returncode is None:
+                    try:
+                        self.returncode = forkserver.read_signed(self.sentinel)
+                    except (OSError, EOFError):
+                        self.status_is_lost = True
+                        self.returncode = 255
             return self.returncode  # type: ignore[no-any-return]
 
         launch = _with_stand_ins(

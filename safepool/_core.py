@@ -133,6 +133,11 @@ class Core:
                 if new.deadline is not None:
                     self._at(new.deadline, self._is_live, self._deadline_reached, new.task)
 
+    def _on_wanted(self, event: e.WorkerWanted) -> None:
+        if not self._idle:
+            most = self._policy.max_workers
+            self._manned = most if self._policy.start_all else min(most, max(self._manned, len(self._workers) + 1))
+
     def _on_cancel(self, event: e.CancelRequested) -> None:
         task = self._tasks.get(event.task)
         if task is not None:
@@ -468,7 +473,9 @@ class Core:
             reason = "a worker died, and on_worker_death is 'break'"
             self._break(Failure("broken", worker.number, event.exitcode, reason=reason))
         elif not worker.ready:
-            self._start_failed(f"worker {worker.number} died before it was ready, exit code {event.exitcode}")
+            initializer = self._policy.initializer if worker.booted else None
+            where = "before it was ready" if initializer is None else f"in its initializer {initializer}"
+            self._start_failed(f"worker {worker.number} died {where}, exit code {event.exitcode}")
         elif first is None:
             self._idle_deaths += 1
             self._delay_spawn(self._idle_deaths - 1)
@@ -781,6 +788,7 @@ def _nothing(*key: Any) -> None:
 
 _HANDLERS: dict[type, str] = {
     e.TasksSubmitted: "_on_submitted",
+    e.WorkerWanted: "_on_wanted",
     e.CancelRequested: "_on_cancel",
     e.WorkerBooted: "_on_booted",
     e.WorkerReady: "_on_ready",

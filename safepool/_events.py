@@ -110,6 +110,12 @@ class TakenBack(NamedTuple):
     tasks: tuple[int, ...]
 
 
+class WorkerWanted(NamedTuple):
+    """A call came that could not be pickled: the stock pool starts a worker for it, and so do we."""
+
+    now: float
+
+
 class ChannelLost(NamedTuple):
     """The worker's channel is closed (``reason`` is empty) or speaks nonsense, and the process still exists."""
 
@@ -166,6 +172,7 @@ class Ticked(NamedTuple):
 Event = (
     TasksSubmitted
     | CancelRequested
+    | WorkerWanted
     | WorkerBooted
     | WorkerReady
     | WorkerUnfit

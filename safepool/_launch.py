@@ -51,7 +51,7 @@ class WorkerProcess:
 
     def is_status_lost(self) -> bool:
         """Will the exit status of this dead worker never be known?"""
-        if self._is_closed() or self.process.exitcode is not None:
+        if self._is_closed():
             return True
         is_child = getattr(self.process._popen, "method", "") in ("fork", "spawn")
         return is_child and _os.is_reaped(self._fd)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 
 from ._log import ERROR, tell
@@ -36,7 +37,7 @@ class Side:
         self._closed = False
 
     def stand_by(self) -> None:
-        """Have a thread ready for jobs to come."""
+        """Have a thread ready for jobs to come.  Raises ``RuntimeError`` if none can be had."""
         if self._thread is None:
             with self._changed:
                 if self._thread is None and not self._closed:
@@ -46,9 +47,13 @@ class Side:
         with self._changed:
             self._jobs.append(job)
             if self._thread is None:
-                self._start()
+                self._try_to_start()
             else:
                 self._changed.notify_all()
+
+    def _try_to_start(self) -> None:
+        with suppress(RuntimeError):  # no more threads are to be had now; ``relieve`` tries again
+            self._start()
 
     def _start(self) -> None:
         self._busy_since = None
@@ -56,8 +61,9 @@ class Side:
         self._thread = thread
         try:
             thread.start()
-        except RuntimeError:  # no more threads are to be had now; ``relieve`` tries again
+        except RuntimeError:
             self._thread = None
+            raise
 
     def relieve(self, now: float) -> float | None:
         """Replace the thread if its job takes too long; when to look again, in monotonic seconds."""
@@ -67,7 +73,7 @@ class Side:
             if not self._jobs:
                 return None
             if self._thread is None or (self._busy_since is not None and now - self._busy_since >= PATIENCE_S):
-                self._start()
+                self._try_to_start()
             return (self._busy_since or now) + PATIENCE_S
 
     def _run(self) -> None:
@@ -113,7 +119,7 @@ class Side:
                 if left > 0:
                     self._changed.wait(min(left, JOIN_SLICE_S))
                 elif self._jobs:
-                    self._start()
+                    self._try_to_start()
                 else:
                     return
 

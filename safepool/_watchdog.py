@@ -108,7 +108,8 @@ class Watchdog:
     def submit(self, call: Call) -> None:
         self._mailbox.append(call)
         if call.options.retry is not None:
-            self._judges.stand_by()
+            with suppress(RuntimeError):  # it is tried again when there is something to ask
+                self._judges.stand_by()
         if self.thread is None:
             self._start()
             if self._policy.start_all:
@@ -152,6 +153,12 @@ class Watchdog:
         self.ask(lambda: None)
         while self._launching and monotonic() < end and not self.is_own_thread():
             sleep(LAUNCH_SLICE_S)
+
+    def want_worker(self) -> None:
+        """As ``submit``, for a call that cannot be sent."""
+        if self.thread is None:
+            self._start()
+        self.post(lambda: self._events.append(e.WorkerWanted(monotonic())))
 
     def cancel(self, task: int, *, kill: bool = False, wait: bool = False) -> None:
         def act() -> None:
@@ -206,8 +213,10 @@ class Watchdog:
         self._side.put(job)
 
     def _tell(self, message: str, *args: object, error: BaseException | None = None) -> None:
-        """To the log; on another thread, for its handlers may block, and stderr may be a pipe that is full."""
-        self._side.put(lambda: tell(CRITICAL, message, *args, error=error))
+        """To the log; on a thread nobody waits for: its handlers may block, and stderr may be a pipe that is full."""
+        with suppress(RuntimeError):
+            args = CRITICAL, message, *args
+            threading.Thread(target=tell, args=args, kwargs={"error": error}, daemon=True).start()
 
     def state_of(self, task: int) -> str:
         return self._core.state_of(task)
@@ -228,10 +237,10 @@ class Watchdog:
                     self._selector = self._own.enter_context(selectors.DefaultSelector())
                 self._selector.register(self._wake_r, READ, None)
                 thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
-                self.thread = thread
-                thread.start()
                 self._side.stand_by()
                 self._launches.stand_by()
+                self.thread = thread
+                thread.start()
             except (RuntimeError, OSError) as error:
                 self.thread = None
                 self._crashed(f"it could not be started: {error}")
@@ -391,8 +400,9 @@ class Watchdog:
                 if link.worker not in self._watched and link.process.is_dead():
                     self._died(link)
         for worker, (link, limit) in tuple(self._dying.items()):
+            is_lost = link.process.is_status_lost()
             code = link.process.exitcode()
-            if code is not None or link.process.is_status_lost() or monotonic() >= limit:
+            if code is not None or is_lost or monotonic() >= limit:
                 del self._dying[worker]
                 self._hear(link, most_bytes=1 << 62)  # "answered, then died" is one fact: first the answer
                 self._drain()
@@ -428,7 +438,7 @@ class Watchdog:
         except (OSError, MemoryError, EOFError) as error:
             reason = f"worker {worker} could not be launched: {type(error).__name__}: {error}"
             outcome = e.SpawnFailed(monotonic(), worker, reason)
-        except Exception:
+        except BaseException:  # whatever the pickling of an initializer's arguments may raise
             reason = f"worker {worker} cannot be launched:\n{traceback.format_exc()}"
             outcome = e.SpawnFailed(monotonic(), worker, reason, fatal=True)
         self._mailbox.append(Launched(worker, outcome))
@@ -535,7 +545,7 @@ class Watchdog:
         kind, task, attempt, ended = command.failure.kind, command.task, command.attempt, monotonic()
         if kind not in ("error", "result"):
             call.answer = None  # one that came too late
-            call.error = with_attempts(error_of(command.failure, call.future, call.options, pid), call.future.attempts)
+            call.error = error_of(command.failure, call.future, call.options, pid)
 
         def judge() -> None:
             delay_s = None
@@ -554,7 +564,7 @@ class Watchdog:
         for task in command.tasks:
             call = self._calls[task]
             if call.error is not None:
-                call.future.failed(call.error)
+                call.future.failed(_with_its_attempts(call, call.error))
             else:
                 assert call.answer is not None
                 call.future.answered(call.answer)
@@ -565,7 +575,7 @@ class Watchdog:
         if failure.kind == "cancelled":
             call.future.cancelled_by_pool()
         elif call.error is not None and failure.kind in ("death", "timeout"):
-            call.future.failed(call.error)  # the one its retry policy saw
+            call.future.failed(_with_its_attempts(call, call.error))  # the one its retry policy saw
         else:
             call.future.failed(self._final_error(call, failure))
         del self._calls[command.task]
@@ -577,7 +587,7 @@ class Watchdog:
             # An attempt that its policy was not asked about.
             cause = "timeout" if failure.kind == "timeout" else "death"
             call.future.attempts += (Attempt(len(call.future.attempts) + 1, cause, pid, error),)
-        return with_attempts(error, call.future.attempts) if call.future.attempts else error
+        return _with_its_attempts(call, error)
 
     def _act_close(self, command: e.Close) -> None:
         pass  # ``_run`` sees it
@@ -634,6 +644,11 @@ class Watchdog:
         self.processes.clear()
         self._closed.set()
         self._let_go()
+
+
+def _with_its_attempts(call: Call, error: BaseException) -> BaseException:
+    # If it is final they are on it; and only then can it be the user's, whose methods must not be called here.
+    return error if call.is_final or not call.future.attempts else with_attempts(error, call.future.attempts)
 
 
 def _deaths_first(item: tuple[selectors.SelectorKey, int]) -> bool:

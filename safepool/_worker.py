@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -219,6 +220,8 @@ def _run(frame: Frame) -> _Answer:
 
 def _failure(number: int, error: BaseException, run_s: float, cause: BaseException | None = None) -> Frame:
     """The answer for a task that raised: text that always arrives, and the exception if it pickles."""
+    if isinstance(error, MemoryError):
+        traceback.clear_frames(error.__traceback__)  # they hold what the memory is full of
     text = _traceback(error if cause is None else cause)
     try:
         body = _payload.dumps_result(error)

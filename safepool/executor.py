@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, process
+from multiprocessing import util
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from . import _os, _payload
 from ._call import Call
 from ._launch import ContextLauncher, default_launcher
+from ._payload import Payload
 from ._watchdog import Watchdog
 from ._worker import Setup
 from .errors import PoolBroken, traceback_of
@@ -86,6 +89,18 @@ class _Submitter(Executor):
         """
         return PoolView(self._pool(), self._options.but(**options))
 
+    def __exit__(self, kind: object, error: object, where: object) -> Literal[False]:
+        """As ``shutdown()``; but after Ctrl-C what waits is cancelled, and what runs has two seconds.
+
+        Ctrl-C reaches the whole foreground group: it ends the tasks of the stock pool, where ours are left to us.
+        """
+        watchdog = self._pool()._watchdog
+        if isinstance(error, KeyboardInterrupt) and not watchdog.is_fork():
+            self.shutdown(wait=False, cancel_futures=True)
+            _end_within(EXIT_AFTER_ERROR_S, [watchdog])
+        self.shutdown()
+        return False
+
 
 class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
     """A process pool that cannot hang and in which one death costs one task.
@@ -139,6 +154,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             on_worker_death,
             start_all=launcher.method == "fork",
             take_back="take_back" in _os.CAPABILITIES,
+            initializer=None if initializer is None else _name_of(initializer),
         )
         self._shutdown_thread = False
         self._lock = threading.RLock()  # the garbage collector may run a finalizer that submits
@@ -164,18 +180,22 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         watchdog = self._watchdog
         self._check_open()
         future = SafeFuture(watchdog, next(_tasks), options.name or _name_of(fn))
+        payload: Payload | None
         try:
             payload = _payload.dumps_call(fn, args, kwargs, chunk=chunk)
         except KeyboardInterrupt:
             raise  # more likely the user's than the argument's
         except BaseException as error:
             _fail_unsent(future, error)
-            return future
+            payload = None
         with self._lock:
             self._check_open()
             if watchdog.thread is None:
                 _at_exit_end(watchdog)
-            watchdog.submit(Call(future, payload, options, monotonic()))
+            if payload is None:
+                watchdog.want_worker()
+            else:
+                watchdog.submit(Call(future, payload, options, monotonic()))
         return future
 
     def _check_open(self) -> None:
@@ -371,23 +391,26 @@ def _next_result(waiting: deque[Future[Any]], end: float | None) -> Any:
 # ----------------------------------------------------- the end of the interpreter
 
 _exiting = False
-_registered = False
+_registered_in: int | None = None  # a process; its forks start without
 _old_error: object = None
 _live: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 EXIT_AFTER_ERROR_S = 2.0  # for running tasks, when the program ends because of an exception
+FIRST_PRIORITY = 1000  # of multiprocessing's finalizers
 EXIT_KILL_S = 5.0  # for killed workers to be gone
 
 
 def _at_exit_end(watchdog: Watchdog) -> None:
     """Have this pool ended before the interpreter stops its threads.  Raises ``RuntimeError`` if it is too late."""
-    global _registered, _old_error
-    if not _registered:
+    global _registered_in, _old_error
+    if _registered_in != os.getpid():
         try:
             # Plain atexit runs after the threads were joined, which is too late to finish work.
             threading._register_atexit(_end_all)  # type: ignore[attr-defined]
         except RuntimeError:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown") from None
-        _registered = True
+        # A child of multiprocessing's waits for its own children, our workers, before it comes to its threads.
+        util.Finalize(None, _end_all, exitpriority=FIRST_PRIORITY)
+        _registered_in = os.getpid()
         _old_error = _last_error()
     _live.add(watchdog)
 
@@ -403,14 +426,19 @@ def _end_all() -> None:
     _exiting = True
     failed = _last_error() is not _old_error and not hasattr(sys, "ps1")
     mine = [watchdog for watchdog in tuple(_live) if not watchdog.is_fork()]
+    for watchdog in mine:
+        watchdog.shutdown(cancel=failed)
+    _end_within(EXIT_AFTER_ERROR_S if failed else None, mine)
+
+
+def _end_within(limit_s: float | None, watchdogs: list[Watchdog]) -> None:
+    """Wait for these pools, which were shut down, for ``limit_s``; then, or after Ctrl-C, kill their workers."""
+    end = None if limit_s is None else monotonic() + limit_s
     try:
-        for watchdog in mine:
-            watchdog.shutdown(cancel=failed)
-        end = monotonic() + EXIT_AFTER_ERROR_S
-        for watchdog in mine:
-            watchdog.join(max(0.0, end - monotonic()) if failed else None)
+        for watchdog in watchdogs:
+            watchdog.join(None if end is None else max(0.0, end - monotonic()))
     finally:
-        for watchdog in mine:
+        for watchdog in watchdogs:
             if not watchdog.is_closed():
                 watchdog.end_workers(hard=True)
                 watchdog.join(EXIT_KILL_S)

@@ -84,13 +84,17 @@ class TaskOptions:
 
 @dataclass(frozen=True, slots=True)
 class PoolPolicy:
-    """What the core needs to know about the pool.  ``take_back``: unbegun tasks can be taken back."""
+    """What the core needs to know about the pool.
+
+    ``take_back``: unbegun tasks can be taken back; ``initializer``: its name, for messages.
+    """
 
     max_workers: int
     max_tasks_per_child: int | None = None
     on_worker_death: OnWorkerDeath = "heal"
     start_all: bool = False
     take_back: bool = True
+    initializer: str | None = None
 
     def __post_init__(self) -> None:
         whole(self.max_workers, "max_workers", least=1)

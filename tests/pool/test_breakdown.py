@@ -48,6 +48,7 @@ def test_a_bug_in_the_core_fails_everything_with_the_log(
             executor.submit(os._exit, 3)
         errors = [future.exception(LIMIT_S) for future in futures]
         until(lambda: executor._broken, "the breakdown")
+        until(lambda: "please report" in caplog.text, "the log tells of it")
     told = [error for error in errors if error is not None]
     assert told or event is e.WorkerDied
     for error in told:
@@ -56,7 +57,6 @@ def test_a_bug_in_the_core_fails_everything_with_the_log(
         assert error.event_log or event is e.TasksSubmitted
     with pytest.raises(BrokenProcessPool, match="broke down"):
         executor.submit(abs, 1)
-    assert "please report" in caplog.text
     executor.shutdown()
 
 
