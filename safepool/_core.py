@@ -406,7 +406,10 @@ class Core:
         self._move_worker(worker, W.IDLE)
 
     def _on_unfit(self, event: e.WorkerUnfit) -> None:
-        if event.worker in self._workers:
+        worker = self._workers.get(event.worker)
+        if worker is not None:
+            if worker.state is W.STARTING:
+                self._retire(worker)  # it ends by itself, and its log is on the way: a kill would lose it
             self._break(Failure("broken", reason=event.reason))
 
     def _on_spawn_failed(self, event: e.SpawnFailed) -> None:
@@ -586,7 +589,7 @@ class Core:
             self._settle(task, failure)
         for worker in self._workers.values():
             self._empty(worker)
-            if worker.state is not W.KILLING:
+            if worker.state is not W.KILLING and worker.state is not W.RETIRING:
                 self._kill(worker)
 
     def _empty(self, worker: Worker) -> None:

@@ -103,8 +103,11 @@ def dumps_result(result: Any) -> bytes:
         return pickle.dumps(result, PROTOCOL)
     try:
         return _dumps(result)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return _dumps_by_value(result, shared_main=False)
+    except (pickle.PicklingError, AttributeError, TypeError) as refusal:
+        try:
+            return _dumps_by_value(result, shared_main=False)
+        except (ImportError, OSError):  # a task has left its worker unable to load what that needs
+            raise refusal from None
 
 
 def _are_plain(values: Any) -> bool:

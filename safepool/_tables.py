@@ -40,7 +40,7 @@ class PoolState(_State):
 _W, _T, _P = WorkerState, TaskState, PoolState
 
 WORKER_EDGES: dict[WorkerState, frozenset[WorkerState]] = {
-    _W.STARTING: frozenset({_W.IDLE, _W.KILLING, _W.DEAD}),
+    _W.STARTING: frozenset({_W.IDLE, _W.RETIRING, _W.KILLING, _W.DEAD}),
     _W.IDLE: frozenset({_W.BUSY, _W.RETIRING, _W.KILLING, _W.DEAD}),
     _W.BUSY: frozenset({_W.IDLE, _W.RETIRING, _W.KILLING, _W.DEAD}),
     _W.RETIRING: frozenset({_W.KILLING, _W.DEAD}),
