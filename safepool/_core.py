@@ -31,6 +31,7 @@ W, T, P = WorkerState, TaskState, PoolState
 
 BOOT_LIMIT_S = 60.0  # from launch to the worker's first word; its initializer is not included
 RETIRE_GRACE_S = 5.0  # from AskExit to a kill
+UNFIT_GRACE_S = 1.0  # for a worker whose initializer failed to end by itself
 STARVED_S = 0.8  # a waiting task without a live or starting worker; under the promised second
 TERM_GRACE_S = 2.0  # from SIGTERM to SIGKILL
 KILL_AGAIN_S = (1.0, 4.0)  # SIGKILL is repeated once, then the worker is given up (D state)
@@ -407,10 +408,12 @@ class Core:
 
     def _on_unfit(self, event: e.WorkerUnfit) -> None:
         worker = self._workers.get(event.worker)
-        if worker is not None:
-            if worker.state is W.STARTING:
-                self._retire(worker)  # it ends by itself, and its log is on the way: a kill would lose it
-            self._break(Failure("broken", reason=event.reason))
+        if worker is None:
+            return
+        worker.unfit = event.reason
+        if worker.state is W.STARTING:
+            # It ends by itself.  What it logs is on its way: a kill now would lose it.
+            self._retire(worker, UNFIT_GRACE_S)
 
     def _on_spawn_failed(self, event: e.SpawnFailed) -> None:
         worker = self._workers.get(event.worker)
@@ -470,6 +473,9 @@ class Core:
             self._attempt_failed(first, why)
         elif first is not None and first.state is T.QUEUED and not worker.ended_by_us:
             self._blame_unbegun(first, event)
+        if worker.unfit:
+            self._break(Failure("broken", reason=worker.unfit))
+            return
         if worker.ended_by_us:
             return
         if self._policy.on_worker_death == "break":
@@ -494,11 +500,11 @@ class Core:
         self._move_worker(worker, W.DEAD)
         del self._workers[worker.number]
 
-    def _retire(self, worker: Worker) -> None:
+    def _retire(self, worker: Worker, grace_s: float = RETIRE_GRACE_S) -> None:
         self._move_worker(worker, W.RETIRING)
         worker.ended_by_us = True
         self._out.append(e.AskExit(worker.number))
-        self._at(self._now + RETIRE_GRACE_S, self._is_retiring, self._retire_overdue, worker.number)
+        self._at(self._now + grace_s, self._is_retiring, self._retire_overdue, worker.number)
 
     def _is_retiring(self, number: int) -> bool:
         worker = self._workers.get(number)
@@ -589,7 +595,7 @@ class Core:
             self._settle(task, failure)
         for worker in self._workers.values():
             self._empty(worker)
-            if worker.state is not W.KILLING and worker.state is not W.RETIRING:
+            if worker.state is not W.KILLING:
                 self._kill(worker)
 
     def _empty(self, worker: Worker) -> None:

@@ -34,7 +34,7 @@ class Worker:
 
     __slots__ = (
         "begun", "begun_at", "booted", "ended_by_us", "kills", "left", "lost", "number", "quiet_since", "ready", "sent",
-        "sent_bytes", "start_is_awaited", "state",
+        "sent_bytes", "start_is_awaited", "state", "unfit",
     )  # fmt: skip
 
     def __init__(self, number: int, left: int | None) -> None:
@@ -50,6 +50,7 @@ class Worker:
         self.left = left  # tasks it may still be sent
         self.kills = 0
         self.lost = ""  # what was wrong with its channel
+        self.unfit = ""  # why its initializer failed
         self.quiet_since = 0.0  # it has a task to begin since then, and has not said that it began
         self.start_is_awaited = False  # a timer looks at that
 

@@ -172,6 +172,8 @@ class Watchdog:
         with self._start_lock:
             if self.thread is None:
                 self._closed.set()  # nothing ever ran, and now nothing will
+                for side in self._sides:
+                    side.close()
         self.post(lambda: self._events.append(e.ShutdownRequested(monotonic(), cancel)))
 
     def end_workers(self, *, hard: bool) -> None:
@@ -243,7 +245,15 @@ class Watchdog:
                 thread.start()
             except (RuntimeError, OSError) as error:
                 self.thread = None
-                self._crashed(f"it could not be started: {error}")
+                self._own.close()
+                self._refuse_mail(f"its watchdog cannot be started now: {error}; a later submit tries again")
+
+    def _refuse_mail(self, reason: str) -> None:
+        while self._mailbox:
+            item = self._mailbox.popleft()
+            if isinstance(item, Call):
+                error = PoolBroken(f"{item.future} cannot be run by pool {self.name!r}: {reason}", reason=reason)
+                item.future.failed(error)
 
     def _wake(self) -> None:
         self._awake = True

@@ -48,6 +48,7 @@ MISSING: dict[str, str] = {
 }
 
 _STANDARD = (0, 1, 2)
+FORK_LIMIT_S = 0.5  # for a fork, and for a pair to be written down
 ASK_AGAIN_S = 0.05  # how often a death is asked for where it is not reported
 
 # Parent-side sockets, by descriptor.  A forked child (a worker under "fork", or a program's own
@@ -99,23 +100,25 @@ def moved_up(channel: socket.socket) -> socket.socket:
 
 def open_channel() -> tuple[socket.socket, socket.socket]:
     """A new pair of connected stream sockets.  Raises ``OSError`` when descriptors run out."""
-    with _ours_lock:
+    locked = _ours_lock.acquire(timeout=FORK_LIMIT_S)
+    try:
         ours, theirs = socket.socketpair()
         _ours[ours.fileno()] = ours
+    finally:
+        if locked:
+            _ours_lock.release()
     return ours, theirs
 
 
 def keep(channel: socket.socket) -> socket.socket:
     """Count a worker's end among ours, once the worker has its own copy."""
-    with _ours_lock:
-        _ours[channel.fileno()] = channel
+    _ours[channel.fileno()] = channel
     return channel
 
 
 def close(channel: socket.socket) -> None:
-    with _ours_lock:
-        _ours.pop(channel.fileno(), None)
-        channel.close()
+    _ours.pop(channel.fileno(), None)
+    channel.close()
 
 
 def send_some(channel: socket.socket, buffers: list[memoryview]) -> int:
@@ -148,16 +151,25 @@ def _let_go_in_child() -> None:
     _ours_lock = threading.RLock()
 
 
+_locked_for_fork = False
+
+
 def _lock_for_fork() -> None:
-    _ours_lock.acquire()  # held by others for a few lines only
+    global _locked_for_fork
+    _locked_for_fork = _ours_lock.acquire(timeout=FORK_LIMIT_S)  # held by others for a few lines only
 
 
 def _unlock_after_fork() -> None:
-    _ours_lock.release()
+    global _locked_for_fork
+    if _locked_for_fork:
+        _locked_for_fork = False
+        _ours_lock.release()
 
 
 if "fork" in CAPABILITIES:
     # Scenario 2: one thread has made a pair and not yet written it down, another one forks.
+    # Scenario 3: the fork waits, in the hook of another module (logging's, say), for a lock that is held for
+    # hours, and holds ours: so nobody waits for that for long, and no watchdog at all.
     os.register_at_fork(
         before=_lock_for_fork,
         after_in_parent=_unlock_after_fork,
