@@ -21,7 +21,7 @@ DEATHS = 3  # that a task under a tenacity policy may cause, as ``Retry.deaths``
 class Call:
     """A submitted call.  Only the watchdog changes it, but for ``ask_policy``."""
 
-    __slots__ = ("_judge", "answer", "error", "is_final", "future", "options", "payload", "submitted")
+    __slots__ = ("_judge", "answer", "error", "future", "is_final", "options", "payload", "submitted")
 
     def __init__(self, future: SafeFuture, payload: Payload, options: TaskOptions, submitted: float) -> None:
         self.future = future
