@@ -500,10 +500,11 @@ class Core:
         self._move_worker(worker, W.DEAD)
         del self._workers[worker.number]
 
-    def _retire(self, worker: Worker, grace_s: float = RETIRE_GRACE_S) -> None:
+    def _retire(self, worker: Worker, grace_s: float | None = None) -> None:
         self._move_worker(worker, W.RETIRING)
         worker.ended_by_us = True
         self._out.append(e.AskExit(worker.number))
+        grace_s = RETIRE_GRACE_S if grace_s is None else grace_s
         self._at(self._now + grace_s, self._is_retiring, self._retire_overdue, worker.number)
 
     def _is_retiring(self, number: int) -> bool:

@@ -142,7 +142,8 @@ def test_after_its_answer(pool: MakePool, how: str) -> None:
     """An answer that was given stands; of what comes next one task may be lost, none is answered wrongly."""
     executor = pool(2)
     dice = random.Random(how)
-    for _ in range(8):
+    losses = 0  # an end may be felt in a later round
+    for ends in range(1, 9):
         seconds = dice.uniform(0, 0.01)
         last = executor.submit(tasks.end_later, how, seconds)
         behind = [executor.submit(plain.nap, 0.002, n) for n in range(8)]
@@ -152,7 +153,8 @@ def test_after_its_answer(pool: MakePool, how: str) -> None:
             assert last.result(0) == seconds
         wait(behind, LIMIT_S)
         lost = [future for future in behind if future.exception(LIMIT_S) is not None]
-        assert len(lost) <= (error is None)
+        losses += len(lost) + (error is not None)
+        assert losses <= ends
         assert all(future.result(0) == n for n, future in enumerate(behind) if future not in lost)
     until(lambda: is_usable(executor), "usable")
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from safepool import SafePoolExecutor, WorkerDied, WorkerStartError
+from safepool import PoolBroken, SafePoolExecutor, WorkerDied, WorkerStartError
 from safepool._launch import Launcher, WorkerProcess
 from tests.faults import contexts, tasks
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import BREAK_S, error_of, is_usable
-from tests.support import LIMIT_S, run_script
+from tests.support import LIMIT_S, SLACK_S, run_script
 
 MakePool = Callable[..., SafePoolExecutor]
 
@@ -160,11 +160,11 @@ def test_a_refused_system_call_leaves_nothing(
     assert is_usable(executor)
 
 
-@pytest.mark.parametrize("kind", ["launches", "callbacks"])
-def test_a_helper_thread_that_cannot_be_started_for_a_moment(
+@pytest.mark.parametrize("kind", ["launches", "callbacks", "watchdog"])
+def test_a_thread_that_cannot_be_started_for_a_moment(
     pool: MakePool, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Two refusals of a thread delay what it is for by moments, not by the patience for bad callbacks."""
+    """Whichever of its threads is refused: the call that needed it says so at once, and the next one is run."""
     real, refusals, called = threading.Thread.start, [2], threading.Event()
 
     def start(thread: threading.Thread) -> None:
@@ -175,11 +175,15 @@ def test_a_helper_thread_that_cannot_be_started_for_a_moment(
 
     monkeypatch.setattr(threading.Thread, "start", start)
     executor = pool(1)
+    for _ in range(2):
+        error = error_of(executor.submit(plain.echo, 1), SLACK_S)
+        assert type(error) is PoolBroken
+        assert "can't start new thread" in str(error)
     future = executor.submit(plain.nap, 0.3, 1)
     future.add_done_callback(lambda _: called.set())
-    assert future.result(6) == 1
-    assert called.wait(6)
-    assert refusals == [0]
+    assert future.result(LIMIT_S) == 1
+    assert called.wait(LIMIT_S)
+    assert executor._broken is False
 
 
 # --------------------------------------------------------------- within a worker
