@@ -241,10 +241,11 @@ class Watchdog:
                 thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
                 self._side.stand_by()
                 self._launches.stand_by()
-                self.thread = thread
                 thread.start()
+                # Scenario 4: (a) a thread starts the watchdog, (b) another one submits, sees it and leaves its call
+                # to it, (c) the start fails.  So it is not seen before it runs.
+                self.thread = thread
             except (RuntimeError, OSError) as error:
-                self.thread = None
                 self._own.close()
                 self._refuse_mail(f"its watchdog cannot be started now: {error}; a later submit tries again")
 
