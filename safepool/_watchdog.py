@@ -37,6 +37,7 @@ from .policy import PoolPolicy
 EVENTS_KEPT = 1000
 STATUS_LIMIT_S = 0.5  # for the exit status of a dead worker to reach us
 STATUS_AGAIN_S = 0.002
+STATUS_LOST_S = 0.05  # the same, when it seems that somebody else took it
 ANSWER_LIMIT_S = 2.0  # for the watchdog to answer a caller
 LONGEST_S = 3600.0  # that is slept at a time: a selector takes no more than some weeks
 JOIN_SLICE_S = 1.0
@@ -411,9 +412,12 @@ class Watchdog:
                 if link.worker not in self._watched and link.process.is_dead():
                     self._died(link)
         for worker, (link, limit) in tuple(self._dying.items()):
-            is_lost = link.process.is_status_lost()
             code = link.process.exitcode()
-            if code is not None or is_lost or monotonic() >= limit:
+            if code is None and link.process.is_status_lost():
+                # Or another thread of ours has taken it and not yet told: a launch asks for all children.
+                limit = min(limit, monotonic() + STATUS_LOST_S)
+                self._dying[worker] = link, limit
+            if code is not None or monotonic() >= limit:
                 del self._dying[worker]
                 self._hear(link, most_bytes=1 << 62)  # "answered, then died" is one fact: first the answer
                 self._drain()

@@ -19,7 +19,7 @@ from safepool import SafePoolExecutor, TaskTimeout, WorkerDied, _core, _os, _pay
 from safepool._launch import Launcher, WorkerProcess, default_launcher
 from safepool._wire import Frame
 from safepool._worker import Setup
-from tests.faults import contexts, tasks
+from tests.faults import tasks
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import error_of, is_usable
 from tests.support import LIMIT_S, PROMPT_S, SLACK_S, until
@@ -30,11 +30,6 @@ Play = Callable[["Stage"], object]
 NOTICED_S = PROMPT_S + 4 * SLACK_S  # a channel that speaks nonsense is found out by then
 RETURNED = _wire.encode_returned(1, 0, 0.001, _payload.dumps_result("the answer"))
 BEGAN = _wire.encode(Frame(_wire.BEGAN, 1))
-
-
-@pytest.fixture(params=contexts.ALL)
-def context(request: pytest.FixtureRequest) -> Any:
-    return contexts.context_of(request.param)
 
 
 # ------------------------------------------------- the parent meets a bad worker

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from safepool import SafePoolExecutor, TaskTimeout, WorkerStartError, _core
-from tests.faults import contexts, tasks
+from tests.faults import tasks
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import BREAK_S, error_of, is_broken, is_usable
 from tests.support import LIMIT_S, SLACK_S, until
@@ -23,11 +23,6 @@ from tests.support import LIMIT_S, SLACK_S, until
 MakePool = Callable[..., SafePoolExecutor]
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(params=contexts.ALL)
-def context(request: pytest.FixtureRequest) -> Any:
-    return contexts.context_of(request.param)
 
 
 # ---------------------------------------------------------------- that fail
@@ -65,7 +60,7 @@ FULL = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 from safepool import SafePoolExecutor
-from tests.faults import contexts, tasks
+from tests.faults import tasks
 
 reader, writer = os.pipe()
 os.set_blocking(writer, False)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from safepool import SafePoolExecutor, TaskTimeout, WorkerDied, _core
-from tests.faults import contexts, tasks
+from tests.faults import tasks
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import error_of, is_usable, running
 from tests.support import LIMIT_S, SLACK_S, until
@@ -24,16 +24,6 @@ MakePool = Callable[..., SafePoolExecutor]
 
 ENDS = {"SIGKILL": -signal.SIGKILL, "SIGSEGV": -signal.SIGSEGV, "exit": 7}
 BIG_BYTES = 8_000_000
-
-
-@pytest.fixture(params=contexts.ALL)
-def context(request: pytest.FixtureRequest) -> Any:
-    return contexts.context_of(request.param)
-
-
-@pytest.fixture(params=contexts.RETIRING)
-def retiring_context(request: pytest.FixtureRequest) -> Any:
-    return contexts.context_of(request.param)
 
 
 def test_in_its_initializer(pool: MakePool, context: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from safepool import SafePoolExecutor, TaskTimeout, WorkerDied
-from tests.faults import contexts, tasks
+from tests.faults import tasks
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import error_of, is_usable, running
 from tests.support import LIMIT_S, PROMPT_S, SLACK_S, is_gone, run_script, until
@@ -24,16 +24,6 @@ from tests.support import LIMIT_S, PROMPT_S, SLACK_S, is_gone, run_script, until
 MakePool = Callable[..., SafePoolExecutor]
 
 DEATHS = 2
-
-
-@pytest.fixture(params=contexts.ALL)
-def context(request: pytest.FixtureRequest) -> Any:
-    return contexts.context_of(request.param)
-
-
-@pytest.fixture(params=contexts.RETIRING)
-def retiring_context(request: pytest.FixtureRequest) -> Any:
-    return contexts.context_of(request.param)
 
 
 def reap_everybody(*_: object) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from safepool import PoolBroken, SafePoolExecutor, WorkerDied, WorkerStartError
 from safepool._launch import Launcher, WorkerProcess
-from tests.faults import contexts, tasks
+from tests.faults import tasks
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import BREAK_S, error_of, is_usable
 from tests.support import LIMIT_S, SLACK_S, run_script
@@ -25,11 +25,6 @@ MakePool = Callable[..., SafePoolExecutor]
 ROOT = Path(__file__).parents[2]
 SLOW_SPAWN = pytest.param("spawn", marks=pytest.mark.slow)
 OTHERS = (pytest.param("fork", marks=pytest.mark.slow), SLOW_SPAWN)
-
-
-@pytest.fixture(params=contexts.ALL)
-def context(request: pytest.FixtureRequest) -> Any:
-    return contexts.context_of(request.param)
 
 
 # -------------------------------------------------- descriptors and processes
@@ -247,7 +242,7 @@ MEMORY = """
 import os, resource, sys, threading, time
 sys.path.insert(0, {root!r})
 from safepool import SafePoolExecutor
-from tests.faults import contexts, tasks
+from tests.faults import tasks
 
 way = sys.argv[1]
 size, steps = (100_000_000, range(200, 320, 20)) if way == "argument" else (60_000_000, range(10, 190, 20))

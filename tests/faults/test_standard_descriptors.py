@@ -15,7 +15,7 @@ import pytest
 
 from safepool import SafePoolExecutor, WorkerDied
 from tests.conftest import CONTEXTS
-from tests.faults import contexts, tasks
+from tests.faults import tasks
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import error_of, is_usable
 from tests.support import LIMIT_S
@@ -29,7 +29,7 @@ PROGRAM = """
 import json, multiprocessing, os, sys
 sys.path.insert(0, {root!r})
 from safepool import SafePoolExecutor
-from tests.faults import contexts, tasks
+from tests.faults import tasks
 
 name, out, way = sys.argv[1:]
 context = None if name == "default" else multiprocessing.get_context(name)
@@ -51,11 +51,6 @@ except BaseException as error:
 with open(out, "w") as file:
     json.dump(told, file)
 """
-
-
-@pytest.fixture(params=contexts.ALL)
-def context(request: pytest.FixtureRequest) -> Any:
-    return contexts.context_of(request.param)
 
 
 def run_with_closed(path: Path, closed: tuple[int, ...], name: str, way: str) -> tuple[int, Any]:

@@ -19,7 +19,6 @@ import pytest
 
 from safepool import SafePoolExecutor
 from tests.conftest import CONTEXTS
-from tests.faults import contexts
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import is_usable, running
 from tests.support import LIMIT_S, is_gone, run_script, until
@@ -27,11 +26,6 @@ from tests.support import LIMIT_S, is_gone, run_script, until
 MakePool = Callable[..., SafePoolExecutor]
 
 CHILD_S = 15.0  # a child that takes longer is ended by an alarm
-
-
-@pytest.fixture(params=contexts.ALL)
-def context(request: pytest.FixtureRequest) -> Any:
-    return contexts.context_of(request.param)
 
 
 def fork(act: Callable[[], object]) -> int:
