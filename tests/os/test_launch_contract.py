@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -20,7 +21,7 @@ from safepool import SafePoolExecutor, WorkerDied, _os, _payload, _wire
 from safepool._launch import ContextLauncher, Launcher, WorkerProcess, default_launcher
 from safepool._worker import Setup
 from tests.pool import tasks
-from tests.support import LIMIT_S, is_gone, until
+from tests.support import LIMIT_S, is_gone, run_script, until
 
 LAUNCHERS = ("default", "fork", "spawn", "forkserver", "loky")
 
@@ -179,6 +180,27 @@ def test_capabilities_say_what_is_not_guaranteed() -> None:
     """Each capability that can be missing has its sentence."""
     assert set(_os.MISSING) >= safepool.CAPABILITIES
     assert all(words for words in _os.MISSING.values())
+
+
+BARE = """
+import sys, os, multiprocessing.util, concurrent.futures.process, selectors, select, signal, socket
+from loky.backend import context
+
+del os.fork, os.register_at_fork, os.pidfd_open, os.WNOHANG
+del signal.pidfd_send_signal, socket.MSG_DONTWAIT, select.poll
+sys.platform = "win32"
+sys.modules["fcntl"] = sys.modules["termios"] = None
+import safepool
+from safepool import SafePoolExecutor, TaskTimeout, as_completed
+
+print(sorted(safepool.CAPABILITIES), SafePoolExecutor(1, timeout=1)._max_workers)
+"""
+
+
+def test_it_imports_where_all_of_it_is_missing(tmp_path: Path) -> None:
+    """No fork, pidfd, poll or fcntl, as on Windows: importing and making a pool is no error, and it is said."""
+    done = run_script(tmp_path / "script.py", BARE)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[] 1\n")
 
 
 @pytest.fixture
