@@ -610,6 +610,8 @@ class Core:
         for worker in self._workers.values():
             if worker.state is W.IDLE:
                 self._retire(worker)
+            elif worker.state is W.STARTING and worker.booted:
+                self._retire(worker)  # it may be in its initializer, with somebody's lock
             elif worker.state is W.STARTING:
                 self._kill(worker)
         if not self._workers and self._state is not P.CLOSED:

@@ -33,6 +33,7 @@ class Side:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()  # re-entrant: finalizers run anywhere
         self._thread: threading.Thread | None = None
+        self._last: threading.Thread | None = None  # the same, also once it is told to end
         self._busy_since: float | None = None
         self._closed = False
 
@@ -58,11 +59,11 @@ class Side:
     def _start(self) -> None:
         self._busy_since = None
         thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        self._thread = thread
+        self._thread = self._last = thread
         try:
             thread.start()
         except RuntimeError:
-            self._thread = None
+            self._thread = self._last = None
             raise
 
     def relieve(self, now: float) -> float | None:
@@ -112,6 +113,16 @@ class Side:
         """Wait until all jobs are done, but for none longer than ``PATIENCE_S``."""
         if self._thread is threading.current_thread():
             return
+        self._await_jobs()
+        self.leave()
+
+    def leave(self) -> None:
+        """Wait for the end of a thread that has nothing to do, so that no trace of it is left; not for a job."""
+        last = self._last
+        if last is not None and last is not threading.current_thread() and self._busy_since is None:
+            last.join(JOIN_SLICE_S)
+
+    def _await_jobs(self) -> None:
         with self._changed:
             while self._thread is not None:
                 since = self._busy_since if self._busy_since is not None else monotonic()

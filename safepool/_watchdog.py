@@ -191,6 +191,8 @@ class Watchdog:
                 return False
         self.thread.join(JOIN_SLICE_S)
         self._side.join()
+        self._launches.leave()
+        self._judges.leave()
         return True
 
     def is_closed(self) -> bool:
@@ -415,8 +417,7 @@ class Watchdog:
             code = link.process.exitcode()
             if code is None and link.process.is_status_lost():
                 # Or another thread of ours has taken it and not yet told: a launch asks for all children.
-                limit = min(limit, monotonic() + STATUS_LOST_S)
-                self._dying[worker] = link, limit
+                self._dying[worker] = link, min(limit, monotonic() + STATUS_LOST_S)
             if code is not None or monotonic() >= limit:
                 del self._dying[worker]
                 self._hear(link, most_bytes=1 << 62)  # "answered, then died" is one fact: first the answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import operator
 import os
 import sys
 import threading
@@ -63,8 +64,7 @@ class _Submitter(Executor):
         """
         if not callable(fn):
             raise TypeError(f"fn must be callable; got {fn!r}")
-        if isinstance(chunksize, bool) or not isinstance(chunksize, int):
-            raise TypeError(f"chunksize must be an integer; got {chunksize!r}")
+        chunksize = _whole(chunksize, "chunksize")
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
         if buffersize is not None and (isinstance(buffersize, bool) or not isinstance(buffersize, int)):
@@ -304,13 +304,22 @@ def _how_many(max_workers: int | None) -> int:
 
         most: int = cpu_count()  # affinity and cgroup limits included
         return min(most, MAX_WINDOWS_WORKERS) if sys.platform == "win32" else most
-    if isinstance(max_workers, bool) or not isinstance(max_workers, int):
-        raise TypeError(f"max_workers must be an integer; got {max_workers!r}")
+    max_workers = _whole(max_workers, "max_workers")
     if max_workers <= 0:
         raise ValueError("max_workers must be greater than 0")
     if sys.platform == "win32" and max_workers > MAX_WINDOWS_WORKERS:
         raise ValueError(f"max_workers must be <= {MAX_WINDOWS_WORKERS}")
     return max_workers
+
+
+def _whole(value: Any, name: str) -> int:
+    """An int, also from numpy's."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an integer; got {value!r}")
 
 
 def _check_turnover(max_tasks_per_child: int | None, mp_context: Any) -> None:

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION, Future
 from concurrent.futures._base import DoneAndNotDoneFutures
-from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -153,8 +152,7 @@ class _Watch:
             if future in self.pending:  # else it was found by ``_look_after``, and is reported too
                 self.pending.discard(future)
                 self.completed.append(future)
-                with suppress(ValueError):  # not to be kept alive by what is done
-                    future._waiters.remove(self)  # type: ignore[arg-type]
+                self._leave(future)  # not to be kept alive by what is done
         if self.completed:
             self._moved_at = monotonic()
         return bool(self.completed)
@@ -195,10 +193,18 @@ class _Watch:
 
     def stop(self) -> None:
         for future in self.pending:
-            with future._condition:
-                waiters: list[Any] = future._waiters
-                if self in waiters:
-                    waiters.remove(self)
+            self._leave(future)
+
+    def _leave(self, future: Future[Any]) -> None:
+        """Be told of this future no more.
+
+        Scenario 1: (a) a future goes through its waiters and has told this one, (b) this one leaves, and the list
+        gets shorter, (c) the next waiter is passed over, and waits for ever.  So it leaves under the future's lock.
+        """
+        with getattr(future, "_lock", None) or future._condition:
+            waiters: list[Any] = future._waiters
+            if self in waiters:
+                waiters.remove(self)
 
 
 def _describe(future: Future[Any]) -> str:

@@ -151,18 +151,16 @@ def _let_go_in_child() -> None:
     _ours_lock = threading.RLock()
 
 
-_locked_for_fork = False
+_forking = threading.local()  # ``locked``: this thread forks, and has the lock
 
 
 def _lock_for_fork() -> None:
-    global _locked_for_fork
-    _locked_for_fork = _ours_lock.acquire(timeout=FORK_LIMIT_S)  # held by others for a few lines only
+    _forking.locked = _ours_lock.acquire(timeout=FORK_LIMIT_S)  # held by others for a few lines only
 
 
 def _unlock_after_fork() -> None:
-    global _locked_for_fork
-    if _locked_for_fork:
-        _locked_for_fork = False
+    if _forking.locked:
+        _forking.locked = False
         _ours_lock.release()
 
 

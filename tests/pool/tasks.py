@@ -56,6 +56,13 @@ def note_and_wait(log: Path, word: object, gate: Path) -> object:
     return wait_for(gate, word)
 
 
+def note_twice(log: Path) -> None:
+    """As an initializer: how many have begun, and how many ended."""
+    note(log, "begun")
+    time.sleep(0.3)
+    note(log, "ended")
+
+
 def noted(log: Path) -> list[str]:
     """The lines that tasks have added to ``log``."""
     return [line.rstrip() for line in log.read_text().splitlines()] if log.exists() else []

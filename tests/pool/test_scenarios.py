@@ -6,6 +6,8 @@ import concurrent.futures
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -193,3 +195,48 @@ def test_a_fork_may_shut_down_its_copy_of_a_pool() -> None:
         release.set()
         thread.join(LIMIT_S)
         assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_whoever_leaves_a_future_does_not_hide_it_from_others(pool: Pool) -> None:
+    """Our ``as_completed`` and the stdlib's ``wait`` on the same futures, from several threads: each is told of all."""
+    executor = pool(2)
+    executor.submit(abs, 1).result(LIMIT_S)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(15):
+            futures = [executor.submit(tasks.nap, 0.0002) for _ in range(100)]
+            with ThreadPoolExecutor(4) as threads:
+                ours = [threads.submit(lambda: len(list(as_completed(futures, timeout=LIMIT_S)))) for _ in range(3)]
+                theirs = threads.submit(concurrent.futures.wait, futures, LIMIT_S)
+                assert not theirs.result().not_done
+                assert [future.result() for future in ours] == [100] * 3
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_forks_that_meet_leave_no_lock_behind() -> None:
+    """One thread's fork is held up in a hook, another thread forks: afterwards pools start as quickly as before."""
+    script = Path(__file__).with_name("forks_that_meet.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "free\n")
+
+
+def test_no_thread_of_a_pool_is_left_when_shutdown_returns() -> None:
+    """Whoever counts threads right after a pool finds none of its own."""
+    for _ in range(20):
+        with SafePoolExecutor(2) as executor:
+            executor.submit(abs, -1).result(LIMIT_S)
+            name = executor._watchdog.name
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith(f"{name}-")]
+
+
+def test_an_orderly_end_lets_initializers_end(context: Any, tmp_path: Path) -> None:
+    """A worker that is not needed any more, and still sets itself up, is not killed with what it holds."""
+    log = tmp_path / "log"
+    with SafePoolExecutor(2, context, tasks.note_twice, (log,)) as executor:
+        list(executor.map(abs, range(4)))
+    noted = tasks.noted(log)
+    assert noted.count("begun") == noted.count("ended") > 0
