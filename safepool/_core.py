@@ -420,6 +420,8 @@ class Core:
         if worker is None:
             return
         self._bury(worker)
+        if self._state is P.CANCELLING:
+            self._cancel_waiting(spared=self._starting)
         if event.fatal:
             self._break(Failure("broken", reason=event.reason))
             return
@@ -476,6 +478,8 @@ class Core:
         if worker.unfit:
             self._break(Failure("broken", reason=worker.unfit))
             return
+        if self._state is P.CANCELLING:
+            self._cancel_waiting(spared=self._starting)  # nobody is started to run what this one was spared for
         if worker.ended_by_us:
             return
         if self._policy.on_worker_death == "break":

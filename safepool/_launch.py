@@ -150,7 +150,7 @@ class _ByValue:
         self._setup = setup
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _payload.loads, (_payload.dumps(self._setup),)
+        return _payload.loads, (_payload.dumps_by_value(self._setup),)
 
 
 def default_launcher(name: str) -> ContextLauncher:

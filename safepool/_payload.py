@@ -245,23 +245,56 @@ def _dumps(value: Any) -> bytes:
     return file.getvalue()
 
 
+def dumps_by_value(value: Any) -> bytes:
+    """Pickle what goes to a worker in one go: what is handed to a process at its start is noted at every pickling."""
+    return _dumps_by_value(value, shared_main=True)
+
+
 def _dumps_by_value(value: Any, *, shared_main: bool) -> bytes:
+    try:
+        return _pickled(value, shared_main)
+    except Exception:
+        if not shared_main or getattr(_careful, "tried", None) is not None:
+            raise
+        # Perhaps it is only a global of the script that cannot be sent, and the call does not even touch it.
+        _careful.tried = set()
+        try:
+            return _pickled(value, shared_main)
+        except Exception:
+            pass
+        finally:
+            _careful.tried = None
+        raise
+
+
+def _pickled(value: Any, shared_main: bool) -> bytes:
     file = io.BytesIO()
-    pickler = _by_value_pickler(shared_main)(file, PROTOCOL)
-    pickler.dispatch_table = ChainMap(ForkingPickler._extra_reducers, pickler.dispatch_table)  # type: ignore[attr-defined]
-    pickler.dump(value)
+    _by_value_pickler(shared_main)(file, PROTOCOL).dump(value)
     return file.getvalue()
 
 
 def _by_value_pickler(shared_main: bool) -> Any:
     import cloudpickle  # loky's own pickler, installed with it
 
-    if not shared_main:
-        return cloudpickle.Pickler
     if not _by_value_classes:
+        if "__mp_main__" in sys.modules:
+            # In a child of multiprocessing's the script goes by this name, which no worker has.
+            cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
 
-        class ByValue(cloudpickle.Pickler):  # type: ignore[misc]
-            """cloudpickle, but functions of ``__main__`` keep sharing its namespace at the far end."""
+        class ByValueHome(cloudpickle.Pickler):  # type: ignore[misc]
+            """cloudpickle, and multiprocessing's own reducers: connections, shared memory."""
+
+            # On the class: the C pickler looks when it is made.
+            dispatch_table: ClassVar[Any] = ChainMap(_their_reducers(), cloudpickle.Pickler.dispatch_table)
+
+            def reducer_override(self, obj: Any) -> Any:
+                reduced = super().reducer_override(obj)
+                if isinstance(obj, type) and "__slots__" in vars(obj) and isinstance(reduced, tuple):
+                    return _with_slots(obj, reduced)
+                return reduced
+
+        class ByValue(ByValueHome):
+            """The same, but functions of ``__main__`` keep sharing its namespace at the far end."""
 
             def reducer_override(self, obj: Any) -> Any:
                 if type(obj) is _LruCache and obj.__module__ in ("__main__", "__mp_main__"):
@@ -279,11 +312,31 @@ def _by_value_pickler(shared_main: bool) -> Any:
                 slots["__globals__"] = _versioned(slots["__globals__"])
                 return make, (code, _TheirMain(), *more), (state, slots), None, None, _set_function_of_main
 
-        _by_value_classes.append(ByValue)
-    return _by_value_classes[0]
+        _by_value_classes[:] = ByValueHome, ByValue
+    return _by_value_classes[shared_main]
 
 
 _by_value_classes: list[Any] = []
+
+
+def _with_slots(cls: type, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    """cloudpickle sets ``__slots__`` when the class exists, and then they are no slots: here they come first."""
+    from cloudpickle import cloudpickle
+
+    if reduced[0] is not cloudpickle._make_skeleton_class:
+        return reduced
+    make, (meta, name, bases, kwargs, *more), (state, slot_state), *rest = reduced
+    slots: Any = cls.__dict__["__slots__"]
+    slots = (slots,) if isinstance(slots, str) else tuple(slots)
+    private = f"_{cls.__name__.lstrip('_')}"
+    made = {f"{private}{slot}" if slot[:2] == "__" and slot[-2:] != "__" else slot for slot in slots}
+    state = {key: value for key, value in state.items() if key != "__slots__" and key not in made}
+    return make, (meta, name, bases, {**kwargs, "__slots__": slots}, *more), (state, slot_state), *rest
+
+
+def _their_reducers() -> dict[type, Any]:
+    reducers: dict[type, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+    return reducers
 
 
 class _TheirMain:
@@ -310,7 +363,48 @@ def _versioned(values: dict[str, Any]) -> dict[str, tuple[int, Any]]:
             known = _tracked.get(name)
             if known is None or known[0] is not value:
                 _tracked[name] = (value, 0 if known is None else next(_rebound))
-        return {name: (_tracked[name][1], _fresh(value)) for name, value in values.items()}
+        versions = {name: _tracked[name][1] for name in values}
+    # Not under the lock: a global is tried by pickling it, and a method of the user's may do anything.
+    return {name: (versions[name], _sendable(name, _fresh(value))) for name, value in values.items()}
+
+
+_careful = threading.local()  # ``tried``: globals that are being tried by pickling them, when something failed before
+
+
+def _sendable(name: str, value: Any) -> Any:
+    """``value``, or in its place an explanation why it did not travel."""
+    tried = getattr(_careful, "tried", None)
+    if tried is None or id(value) in tried or isinstance(value, types.FunctionType):
+        return value
+    tried.add(id(value))
+    try:
+        _pickled(value, True)
+    except Exception as error:
+        return Unsent(name, f"{type(error).__name__}: {error}")
+    return value
+
+
+class Unsent:
+    """Stands in a worker for a global of the script that could not be sent; whatever is done with it says so."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.__dict__.update(_name=name, _why=why)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"the global {self._name!r} of __main__ cannot be sent to a worker ({self._why}); "
+            "give it to the workers as initargs of an initializer, or make it there"
+        )
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute[:2] == "__":
+            raise AttributeError(attribute)
+        return self._refuse()
+
+    def __reduce__(self) -> Any:
+        return Unsent, (self._name, self._why)
+
+    __call__ = __enter__ = __exit__ = __iter__ = __next__ = __len__ = __getitem__ = __setitem__ = __bool__ = _refuse
 
 
 def _fresh(value: Any) -> Any:
@@ -345,7 +439,11 @@ def _set_function_of_main(fn: Any, state: Any) -> None:
     for name, (version, value) in state[1]["__globals__"].items():
         # Not what is older than what it has: a task may be pickled before another one and run after it.
         known = _given.get(name)
-        is_theirs = name not in main or main[name] is _inherited.get(name, _absent)
+        if isinstance(value, Unsent):
+            main.setdefault(name, value)  # a forked worker has the real one, and an initializer may have made one
+            continue
+        is_theirs = isinstance(main.get(name, value), Unsent) or name not in main
+        is_theirs = is_theirs or main[name] is _inherited.get(name, _absent)
         if (known is None and is_theirs) or (known is not None and version > known):
             main[name] = value
         _given[name] = version if known is None else max(known, version)

@@ -260,7 +260,8 @@ class Watchdog:
                 item.future.failed(error)
 
     def _wake(self) -> None:
-        self._awake = True
+        # Scenario 5: (a) this says that the watchdog is awake, (b) a signal handler of the user's raises, here, and
+        # the byte is never sent.  From then on nobody would wake it: so only the watchdog itself says so.
         with suppress(OSError):  # full: it will wake; closed: nobody is there
             self._wake_w.send(b"!")
 

@@ -138,12 +138,13 @@ class SafeFuture(Future[Any]):
     def _wait_once(self, end: float | None) -> bool:
         if self._state in _DONE:
             return True
-        with self._condition:
+        condition = self._condition
+        with self._lock:  # in C: a signal handler that raises cannot come between the lock and the block
             if self._state in _DONE:
                 return True
             slice_s = LOOK_AFTER_S if end is None else min(LOOK_AFTER_S, end - monotonic())
             if slice_s > 0:
-                self._condition.wait(slice_s)
+                condition.wait(slice_s)
             return self._state in _DONE
 
     def _load(self) -> None:

@@ -33,11 +33,14 @@ def as_completed(
     """
     end = _end_of(timeout)
     watch = _Watch(_distinct(fs), stall_timeout)
-    return _as_they_come(watch, timeout, end)
+    found = _as_they_come(watch, timeout, end)
+    next(found)
+    return found
 
 
-def _as_they_come(watch: _Watch, timeout: float | None, end: float | None) -> Iterator[Future[Any]]:
+def _as_they_come(watch: _Watch, timeout: float | None, end: float | None) -> Iterator[Any]:
     try:
+        yield  # begun, it will leave the futures however it ends; one that was never begun would stay in them
         while watch.pending:
             watch.wait(end)
             if not watch.completed:
@@ -116,7 +119,7 @@ class _Watch:
         self.pending = set(futures)
         self._homes = {id(f._home): f._home for f in futures if hasattr(f, "_home")}
         for future in futures:
-            with future._condition:
+            with _lock_of(future):
                 if future.done():
                     self._reported.append(future)
                 else:
@@ -201,10 +204,14 @@ class _Watch:
         Scenario 1: (a) a future goes through its waiters and has told this one, (b) this one leaves, and the list
         gets shorter, (c) the next waiter is passed over, and waits for ever.  So it leaves under the future's lock.
         """
-        with getattr(future, "_lock", None) or future._condition:
+        with _lock_of(future):
             waiters: list[Any] = future._waiters
             if self in waiters:
                 waiters.remove(self)
+
+
+def _lock_of(future: Future[Any]) -> Any:
+    return getattr(future, "_lock", None) or future._condition
 
 
 def _describe(future: Future[Any]) -> str:

@@ -38,6 +38,18 @@ def test_cancelling_at_shutdown_leaves_an_idle_worker_what_it_was_about_to_begin
     assert states(sim)[:2] == ["answered", "answered"]
 
 
+def test_nobody_is_started_for_what_was_spared() -> None:
+    """Who shuts down with ``cancel_futures`` and then kills the processes meets no new ones, and no task is run."""
+    sim = Simulation(PoolPolicy(max_workers=2))
+    sim.submit_many(5)
+    sim.shutdown(cancel=True)
+    for worker in tuple(sim.workers):
+        sim.die(worker)
+    assert set(states(sim)) == {"cancelled"}
+    assert not sim.workers
+    sim.settle()
+
+
 def test_ending_the_workers_spares_nothing() -> None:
     """``kill_workers`` settles every task at once, also those that starting workers would have run."""
     sim = Simulation(PoolPolicy(max_workers=2))

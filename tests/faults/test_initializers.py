@@ -143,8 +143,9 @@ def test_its_arguments_end_the_worker_that_reads_them(pool: MakePool, how: str) 
 
 
 @pytest.mark.parametrize("how", ["sleeps", "holds the GIL", "stopped"])
-def test_it_hangs(pool: MakePool, context: Any, how: str) -> None:
-    """A task with a deadline is over then; a cancelled one at once; shutdown returns, and the workers are gone."""
+def test_it_hangs(pool: MakePool, context: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task with a deadline is over then, a cancelled one at once; shutdown gives a grace, and they are gone."""
+    monkeypatch.setattr(_core, "RETIRE_GRACE_S", 0.5)
     initializer: tuple[Any, tuple[Any, ...]] = {
         "sleeps": (tasks.wait_for_ever, ()),
         "holds the GIL": (plain.hold_the_gil, ()),

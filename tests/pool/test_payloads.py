@@ -436,3 +436,79 @@ def test_classes_of_a_script_stay_themselves_in_workers_that_were_forked_before(
     """A forked worker knows the classes of the script already, and takes instances for what they are."""
     done = run_script(tmp_path / "script.py", FORKED)
     assert (done.stdout, done.stderr) == ("(True, True)\n", "")
+
+
+UNSENT = """
+import multiprocessing, sys, threading
+from safepool import SafePoolExecutor
+
+lock = multiprocessing.Lock()
+handle = open(sys.argv[0])
+
+def touch():
+    with lock:
+        return handle.name == sys.argv[0]
+
+def pass_by(n):
+    return n if n else touch()
+
+context = None if sys.argv[1] == "default" else multiprocessing.get_context(sys.argv[1])
+with SafePoolExecutor(1, context) as executor:
+    print(executor.submit(pass_by, 7).result(30))
+    error = executor.submit(pass_by, 0).exception(30)
+    print(error if error is None else str(error).partition("(")[0])
+"""
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_a_global_that_cannot_be_sent_costs_only_who_uses_it(tmp_path: Path, name: str) -> None:
+    """A function may name a lock or a file of the script: a forked worker has it, any other says what is missing."""
+    done = run_script(tmp_path / "script.py", UNSENT, name)
+    told = "None" if name == "fork" else "the global 'lock' of __main__ cannot be sent to a worker "
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"7\n{told}\n")
+
+
+SLOTTED = """
+import sys
+from dataclasses import dataclass
+from safepool import SafePoolExecutor
+import multiprocessing
+
+@dataclass(slots=True)
+class Point:
+    x: int
+    __y: int = 2
+
+class Name:
+    __slots__ = "word"
+
+def move(point, name):
+    assert not hasattr(point, "__dict__")
+    point.x += 1
+    return point, name
+
+def in_child(context):
+    name = Name()
+    name.word = "here"
+    with SafePoolExecutor(1, context) as executor:
+        point, name = executor.submit(move, Point(1), name).result(30)
+    assert type(point) is Point and type(name) is Name
+    print(point, name.word, flush=True)
+
+if __name__ == "__main__":
+    context = None if sys.argv[1] == "default" else multiprocessing.get_context(sys.argv[1])
+    in_child(context)
+    for outer in ("spawn", "forkserver"):
+        child = multiprocessing.get_context(outer).Process(target=in_child, args=(context,))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+"""
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_classes_with_slots_travel_also_from_a_child_of_the_script(tmp_path: Path, name: str) -> None:
+    """Slots stay slots and come home as the same class; in a child of multiprocessing's the script has another name."""
+    done = run_script(tmp_path / "script.py", SLOTTED, name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["Point(x=2, _Point__y=2) here"] * 3

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -20,8 +22,9 @@ import pytest
 
 from safepool import SafePoolExecutor, TaskTimeout, WorkerStartError, _core, _payload, as_completed
 from safepool.errors import Attempt, with_attempts
+from tests.conftest import CONTEXTS
 from tests.pool import tasks
-from tests.support import LIMIT_S, until
+from tests.support import LIMIT_S, run_script, until
 
 Pool = Callable[..., SafePoolExecutor]
 
@@ -240,3 +243,75 @@ def test_an_orderly_end_lets_initializers_end(context: Any, tmp_path: Path) -> N
         list(executor.map(abs, range(4)))
     noted = tasks.noted(log)
     assert noted.count("begun") == noted.count("ended") > 0
+
+
+def test_a_signal_that_interrupts_submit_does_not_put_the_pool_to_sleep(pool: Pool) -> None:
+    """A handler raises while the watchdog is being woken; the user catches that and goes on with the pool."""
+    executor = pool(1)
+    assert executor.submit(abs, -1).result(LIMIT_S) == 1
+    watchdog = executor._watchdog
+    real, interrupted = watchdog._wake_w, threading.Event()
+
+    class Interrupted:
+        def send(self, data: bytes) -> int:
+            if interrupted.is_set():
+                return real.send(data)
+            interrupted.set()
+            raise KeyboardInterrupt
+
+    until(lambda: not watchdog._awake, "the watchdog sleeps")
+    watchdog._wake_w = Interrupted()  # type: ignore[assignment]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(abs, -2)
+        assert executor.submit(abs, -3).result(LIMIT_S) == 3
+    finally:
+        watchdog._wake_w = real
+
+
+def test_an_iterator_that_is_never_begun_leaves_the_futures(pool: Pool) -> None:
+    """``as_completed`` that nobody goes through keeps no future alive, and no result."""
+    executor = pool(1)
+    gc.disable()
+    try:
+        future = executor.submit(abs, -1)
+        assert as_completed([future])
+        watched = weakref.ref(future)
+        assert future.result(LIMIT_S) == 1
+        del future
+        until(lambda: watched() is None, "it is gone")
+    finally:
+        gc.enable()
+
+
+SHARED = """
+import multiprocessing, sys
+from safepool import SafePoolExecutor
+
+def take(*things):
+    global value, array, pipe
+    value, array, pipe = things
+
+def use(n):
+    with value.get_lock():
+        value.value += n
+    array[0] = 7
+    pipe.send(n)
+    return array[0]
+
+if __name__ == "__main__":
+    context = None if sys.argv[1] == "default" else multiprocessing.get_context(sys.argv[1])
+    made = context or multiprocessing.get_context("spawn")
+    reader, writer = made.Pipe(False)
+    things = made.Value("i", 0), made.Array("i", 2), writer
+    with SafePoolExecutor(1, context, take, things) as executor:
+        assert list(executor.map(use, [1, 2])) == [7, 7]
+    print(things[0].value, things[1][0], reader.recv() + reader.recv())
+"""
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_shared_memory_and_pipes_reach_an_initializer_of_the_script(tmp_path: Path, name: str) -> None:
+    """What multiprocessing sends to a process it starts arrives as itself, also where functions travel by value."""
+    done = run_script(tmp_path / "script.py", SHARED, name)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "3 7 3\n")
