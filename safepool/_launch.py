@@ -108,6 +108,8 @@ class ContextLauncher:
     """
 
     def __init__(self, context: Any, name: str = "safepool", *, zygote: bool = False) -> None:
+        if context.Process is multiprocessing.Process:  # the module itself: it has a context behind it
+            context = context.get_context()
         self.method: str = context.get_start_method(allow_none=False)
         self._make = _contexts.process_class(context, self.method, zygote=zygote)
         self._name = name

@@ -5,6 +5,8 @@ guard is asked for.  In a worker all of it shares one ``__main__`` namespace, as
 
 * what a worker's initializer, or an earlier task, assigned to a global stays, and other functions see it;
 * a global that the user rebinds later (a notebook cell run again) is rebound in the workers too.
+
+Forked workers have the script as it was: what they hold unchanged goes by reference.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ MOST_FUNCTIONS = 512  # that a worker keeps loaded
 _HEAD = struct.Struct("<BQ")  # flags, length of the pickled arguments; they and the function follow
 _KEEP, _CHUNK = 1, 2
 _MAIN = b"main__"  # of "__main__", and of "__mp_main__", as multiprocessing calls it in its children
+_MAINS = ("__main__", "__mp_main__")
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 _absent = object()
 
@@ -56,9 +59,25 @@ class Payload(NamedTuple):
 SPENT = Payload(b"", b"")
 
 
-def dumps_call(fn: Any, args: Any, kwargs: dict[str, Any], *, chunk: bool = False) -> Payload:
-    """Pickle a call.  Raises whatever pickling raises."""
-    function, keep = _dumps_function(fn)
+def dumps_call(fn: Any, args: Any, kwargs: dict[str, Any], *, chunk: bool = False, held: Held | None = None) -> Payload:
+    """Pickle a call; ``held`` is what its workers have of the script.  Raises whatever pickling raises."""
+    if held is None:
+        return _dumps_call(_dumps_function(fn), args, kwargs, chunk)
+    _here.held = held
+    try:
+        if getattr(fn, "__module__", None) not in _MAINS:
+            function = _dumps_function(fn)
+        elif held.has(fn):
+            function = held.dumps(fn), True
+        else:
+            function = dumps(fn), False  # not to be mixed with what pools without such workers send
+        return _dumps_call(function, args, kwargs, chunk)
+    finally:
+        _here.held = None
+
+
+def _dumps_call(pickled: tuple[bytes, bool], args: Any, kwargs: dict[str, Any], chunk: bool) -> Payload:
+    function, keep = pickled
     if not kwargs and not chunk and _are_plain(args):
         data = pickle.dumps((args, kwargs), PROTOCOL)  # half the cost of a pickler that knows more
     else:
@@ -134,6 +153,55 @@ def own_main() -> None:
 # ------------------------------------------------------------------ functions
 
 
+class Held:
+    """What ``__main__`` held when a pool's first workers were forked: all of them have it, and are told its name only.
+
+    So whatever cannot be pickled may be a global of the script, as with the stock pool, and big ones cost nothing.
+    """
+
+    def __init__(self) -> None:
+        self._main = dict(_main())
+        self._names: weakref.WeakKeyDictionary[Any, tuple[bytes, set[str]]] = weakref.WeakKeyDictionary()
+
+    def has(self, thing: Any) -> bool:
+        """Is this function or class of the script in the workers, with all the globals that it uses?"""
+        if not isinstance(thing, (type, types.FunctionType)) or thing.__module__ not in _MAINS:
+            return False
+        root, *path = thing.__qualname__.split(".")
+        main = _main()
+        found = main.get(root, _absent)
+        if found is _absent or found is not self._main.get(root, _absent):
+            return False
+        for name in path:
+            found = getattr(found, name, _absent)
+        # What was sent by value once may have been rebound in the workers: it goes on so.
+        return found is thing and all(
+            main.get(name, _absent) is self._main.get(name, _absent) and name not in _tracked
+            for name in self._look(thing)[1]
+        )
+
+    def dumps(self, thing: Any) -> bytes:
+        return self._look(thing)[0]
+
+    def _look(self, thing: Any) -> tuple[bytes, set[str]]:
+        """By reference, and the globals that it uses, itself or through functions."""
+        known = self._names.get(thing)
+        if known is None:
+            names: set[str] = set()
+            todo = [thing]
+            while todo:
+                function = todo.pop()
+                if type(function) is types.FunctionType and function.__globals__ is _main():
+                    more = _names_in_code(function.__code__) - names
+                    names |= more
+                    todo += [self._main.get(name) for name in more]
+            known = self._names[thing] = _dumps(thing), names
+        return known
+
+
+_here = threading.local()  # ``held``: by the workers for which something is being pickled
+
+
 class _Sent(NamedTuple):
     """A pickled function, good for as long as what it was made of is the same."""
 
@@ -206,7 +274,7 @@ def _can_be_looked_through(value: Any) -> bool:
     if isinstance(value, (dict, list, tuple, set, frozenset)):
         inside = value.values() if isinstance(value, dict) else value
         return not any(map(callable, itertools.islice(inside, 1000)))
-    if getattr(value, "__module__", None) not in ("__main__", "__mp_main__"):
+    if getattr(value, "__module__", None) not in _MAINS:
         return True
     return type(value) is types.FunctionType and value.__closure__ is None and not value.__dict__
 
@@ -288,6 +356,9 @@ def _by_value_pickler(shared_main: bool) -> Any:
             dispatch_table: ClassVar[Any] = ChainMap(_their_reducers(), cloudpickle.Pickler.dispatch_table)
 
             def reducer_override(self, obj: Any) -> Any:
+                held = getattr(_here, "held", None)
+                if held is not None and held.has(obj):
+                    return NotImplemented  # by reference
                 reduced = super().reducer_override(obj)
                 if isinstance(obj, type) and "__slots__" in vars(obj) and isinstance(reduced, tuple):
                     return _with_slots(obj, reduced)
@@ -297,7 +368,7 @@ def _by_value_pickler(shared_main: bool) -> Any:
             """The same, but functions of ``__main__`` keep sharing its namespace at the far end."""
 
             def reducer_override(self, obj: Any) -> Any:
-                if type(obj) is _LruCache and obj.__module__ in ("__main__", "__mp_main__"):
+                if type(obj) is _LruCache and obj.__module__ in _MAINS:
                     return _cached, (obj.cache_parameters(), obj.__wrapped__)
                 return super().reducer_override(obj)
 

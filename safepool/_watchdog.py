@@ -162,6 +162,9 @@ class Watchdog:
         self.post(lambda: self._events.append(e.WorkerWanted(monotonic())))
 
     def cancel(self, task: int, *, kill: bool = False, wait: bool = False) -> None:
+        if self.is_fork():
+            return  # the task is its owner's
+
         def act() -> None:
             self._events.append(e.CancelRequested(monotonic(), task, kill))
 
@@ -224,7 +227,9 @@ class Watchdog:
             threading.Thread(target=tell, args=args, kwargs={"error": error}, daemon=True).start()
 
     def state_of(self, task: int) -> str:
-        return self._core.state_of(task)
+        """In words, of a task that is not done: what the core does not know has not been read yet."""
+        state = self._core.state_of(task)
+        return "queued" if state == "settled" else state
 
     def __repr__(self) -> str:
         return f"<Watchdog {self.name} {self._core!r}>"

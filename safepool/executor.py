@@ -19,7 +19,7 @@ from typing import Any, Literal
 from . import _os, _payload
 from ._call import Call
 from ._launch import ContextLauncher, default_launcher
-from ._payload import Payload
+from ._payload import Held, Payload
 from ._watchdog import Watchdog
 from ._worker import Setup
 from .errors import PoolBroken, traceback_of
@@ -156,6 +156,8 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             take_back="take_back" in _os.CAPABILITIES,
             initializer=None if initializer is None else _name_of(initializer),
         )
+        self._forks = launcher.method == "fork"
+        self._held: Held | None = None
         self._shutdown_thread = False
         self._lock = threading.RLock()  # the garbage collector may run a finalizer that submits
         self._watchdog = Watchdog(policy, launcher, Setup(initializer, tuple(initargs)), name)
@@ -182,7 +184,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         future = SafeFuture(watchdog, next(_tasks), options.name or _name_of(fn))
         payload: Payload | None
         try:
-            payload = _payload.dumps_call(fn, args, kwargs, chunk=chunk)
+            payload = _payload.dumps_call(fn, args, kwargs, chunk=chunk, held=self._what_workers_hold())
         except KeyboardInterrupt:
             raise  # more likely the user's than the argument's
         except BaseException as error:
@@ -197,6 +199,14 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             else:
                 watchdog.submit(Call(future, payload, options, monotonic()))
         return future
+
+    def _what_workers_hold(self) -> Held | None:
+        if not self._forks:
+            return None
+        with self._lock:
+            if self._held is None:
+                self._held = Held()
+            return self._held
 
     def _check_open(self) -> None:
         watchdog = self._watchdog

@@ -38,6 +38,7 @@ class Home(Protocol):
     def cancel(self, task: int, *, kill: bool = False, wait: bool = False) -> None: ...
     def check(self) -> None: ...
     def deliver(self, job: Callable[[], object]) -> None: ...
+    def is_fork(self) -> bool: ...
     def state_of(self, task: int) -> str: ...
 
 
@@ -125,6 +126,8 @@ class SafeFuture(Future[Any]):
             self._load()
             return
         end = None if timeout is None else monotonic() + timeout
+        if self._state not in _DONE:
+            self._home.check()
         while not self._wait_once(end):
             if end is not None and monotonic() >= end:
                 raise Unfinished(
@@ -208,7 +211,7 @@ class SafeFuture(Future[Any]):
 
         Returns at once; False: it was done already.  The future ends as cancelled, within moments.
         """
-        if self.done():
+        if self.done() or self._home.is_fork():
             return False
         self._home.cancel(self._task, kill=True)
         return True

@@ -601,6 +601,8 @@ def test_the_exit_of_the_interpreter_finishes_the_work(tmp_path: Path, name: str
     """
     if (name, trouble) == ("fork", "retires"):
         pytest.skip("fork refuses workers that retire")
+    if (name, trouble) == ("fork", "dies") and sys.version_info[:2] == (3, 12):
+        pytest.skip("3.12 forks nobody now, and no other worker has the functions of the script")
     done = run_script(tmp_path / "script.py", EXIT, name, trouble)
     assert (done.returncode, done.stderr) == (0, "")
     spoken = [n for n in range(6) if (n, trouble) != (2, "dies")]

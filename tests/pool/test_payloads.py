@@ -512,3 +512,45 @@ def test_classes_with_slots_travel_also_from_a_child_of_the_script(tmp_path: Pat
     done = run_script(tmp_path / "script.py", SLOTTED, name)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["Point(x=2, _Point__y=2) here"] * 3
+
+
+HELD = """
+import multiprocessing, threading
+from safepool import SafePoolExecutor
+
+class Registry(type):
+    known = {}
+    def __new__(cls, name, bases, space):
+        made = super().__new__(cls, name, bases, space)
+        cls.known[space["key"]] = made
+        return made
+
+class Plugin(metaclass=Registry):
+    key = "a"
+    lock = threading.Lock()
+    def run(self):
+        with self.lock:
+            return Registry.known["a"] is Plugin
+
+big, number = b"x" * 50_000_000, 1
+
+def use(plugin):
+    return plugin.run(), len(big)
+
+def look():
+    return number
+
+with SafePoolExecutor(1, multiprocessing.get_context("fork")) as executor:
+    futures = [executor.submit(use, Plugin()) for _ in range(20)]
+    sizes = [call.payload.size_bytes() for call in list(executor._watchdog._calls.values())]
+    assert max(sizes, default=0) < 1000, sizes
+    print({future.result(30) for future in futures}, executor.submit(look).result(30))
+    for number in (2, 1):
+        print(executor.submit(look).result(30), executor.submit(lambda: number + 1).result(30))
+"""
+
+
+def test_a_forked_worker_is_told_only_the_names_of_what_it_has(tmp_path: Path) -> None:
+    """Under "fork" whatever the script held then can be used, big or impossible to pickle; what is rebound travels."""
+    done = run_script(tmp_path / "script.py", HELD)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "{(True, 50000000)} 1\n2 3\n1 2\n")

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import psutil
 import pytest
 
-from safepool import SafePoolExecutor, TaskTimeout, WorkerStartError, _core, _payload, as_completed
+from safepool import PoolBroken, SafePoolExecutor, TaskTimeout, WorkerStartError, _core, _payload, as_completed
 from safepool.errors import Attempt, with_attempts
 from tests.conftest import CONTEXTS
 from tests.pool import tasks
@@ -315,3 +316,40 @@ def test_shared_memory_and_pipes_reach_an_initializer_of_the_script(tmp_path: Pa
     """What multiprocessing sends to a process it starts arrives as itself, also where functions travel by value."""
     done = run_script(tmp_path / "script.py", SHARED, name)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "3 7 3\n")
+
+
+def test_a_fork_cannot_stop_a_task_of_its_parent(pool: Pool) -> None:
+    """In a child that the program forks, ``cancel`` and ``kill`` say False and the answer is refused at once."""
+    executor = pool(1)
+    futures = [executor.submit(tasks.nap, 0.5, n) for n in range(2)]
+    until(futures[0].running, "it runs")
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        began = monotonic()
+        words: list[object] = [futures[0].cancel(), futures[0].kill(), futures[1].kill()]
+        try:
+            futures[0].result(LIMIT_S)
+        except PoolBroken:
+            words.append(monotonic() - began < 0.5)
+        os.write(writer, repr(words).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        assert pipe.read() == "[False, False, False, True]"
+    os.waitpid(pid, 0)
+    assert [future.result(LIMIT_S) for future in futures] == [0, 1]
+
+
+def test_the_module_itself_is_a_context(tmp_path: Path) -> None:
+    """``mp_context=multiprocessing`` is as safe as the context that it stands for: no main guard is needed."""
+    text = """
+import multiprocessing
+from safepool import SafePoolExecutor
+
+multiprocessing.set_start_method("spawn")
+with SafePoolExecutor(1, multiprocessing) as executor:
+    print(executor.submit(lambda: 7).result(30))
+"""
+    done = run_script(tmp_path / "script.py", text)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "7\n")
