@@ -127,30 +127,25 @@ if "fork" in _os.CAPABILITIES:
     def _fork_popen() -> Any:
         from multiprocessing import popen_fork
 
-        class Popen(popen_fork.Popen):
+        base: Any = popen_fork.Popen
+
+        class Popen(base):  # type: ignore[misc]
             __init__ = _launch_at_once
 
             def _launch(self, child: Any) -> None:
                 """As multiprocessing's, but a fork that is refused leaves no descriptor behind."""
                 ends: list[int] = []
+
+                def pipe() -> tuple[int, int]:
+                    made = os.pipe()
+                    ends.extend(made)
+                    return made
+
                 try:
-                    ends += os.pipe()
-                    ends += os.pipe()
-                    self.pid = os.fork()
+                    _with_stand_ins(base._launch, os=_StandIn(os, pipe=pipe))(self, child)
                 except BaseException:
                     _close(*ends)
                     raise
-                our_r, their_w, their_r, our_w = ends
-                if self.pid == 0:
-                    code = 1
-                    try:
-                        _close(our_r, our_w)
-                        code = child._bootstrap(parent_sentinel=their_r)
-                    finally:
-                        os._exit(code)
-                _close(their_w, their_r)
-                self.finalizer = util.Finalize(self, _close, (our_r, our_w))
-                self.sentinel = our_r
 
         return Popen
 

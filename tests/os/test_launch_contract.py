@@ -20,6 +20,7 @@ import safepool
 from safepool import SafePoolExecutor, WorkerDied, _os, _payload, _wire
 from safepool._launch import ContextLauncher, Launcher, WorkerProcess, default_launcher
 from safepool._worker import Setup
+from tests.conftest import CONTEXTS
 from tests.pool import tasks
 from tests.support import LIMIT_S, is_gone, run_script, until
 
@@ -171,6 +172,27 @@ def test_what_cannot_be_pickled_is_told_by_the_launch() -> None:
     finally:
         theirs.close()
         _os.close(channel)
+
+
+EXITS = """
+import atexit, multiprocessing, sys
+from safepool import SafePoolExecutor
+
+def leave_word():
+    from multiprocessing import util
+    util.Finalize(None, print, ("finalized",), kwargs={"flush": True}, exitpriority=1)
+
+context = None if sys.argv[1] == "default" else multiprocessing.get_context(sys.argv[1])
+with SafePoolExecutor(1, context) as executor:
+    executor.submit(leave_word).result(30)
+"""
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_a_worker_ends_as_a_process_of_multiprocessing_does(tmp_path: Path, name: str) -> None:
+    """What tasks left for the end of their process is done: queues are flushed, temporary directories removed."""
+    done = run_script(tmp_path / "script.py", EXITS, name)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "finalized\n")
 
 
 # ------------------------------------------------- a platform that gives less
