@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import psutil
@@ -353,3 +353,46 @@ with SafePoolExecutor(1, multiprocessing) as executor:
 """
     done = run_script(tmp_path / "script.py", text)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "7\n")
+
+
+class Two:
+    """An integer of another library's."""
+
+    def __index__(self) -> int:
+        return 2
+
+
+def test_integers_of_other_libraries_are_integers(pool: Pool) -> None:
+    """Sizes may come from numpy; a float or a bool is no size."""
+    executor = pool(Two())
+    assert executor._max_workers == 2
+    assert list(executor.map(abs, range(5), chunksize=Two())) == [0, 1, 2, 3, 4]  # type: ignore[arg-type]
+    for wrong in (2.0, True, "2"):
+        with pytest.raises(TypeError, match="must be an integer"):
+            SafePoolExecutor(wrong)  # type: ignore[arg-type]
+
+
+def test_a_task_that_nobody_has_read_yet_is_queued(pool: Pool) -> None:
+    """The words of a timeout right after ``submit`` do not say that the task is settled."""
+    executor = pool(1)
+    with pytest.raises(TimeoutError, match="it is (queued|sent|running)"):
+        executor.submit(tasks.nap, 0.2).result(0)
+
+
+def test_a_watchdog_that_starts_slowly_is_not_taken_for_dead(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an overloaded machine a thread may take its time to start, while another one looks at the pool."""
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.endswith("watchdog"):
+            sleep(0.4)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    executor = pool(1)
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(executor.submit, abs, -3)
+        while not future.done():
+            assert dict(executor._processes) is not None
+        assert future.result().result(LIMIT_S) == 3
+    assert executor._broken is False
