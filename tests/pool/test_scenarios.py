@@ -375,7 +375,7 @@ def test_integers_of_other_libraries_are_integers(pool: Pool) -> None:
 def test_a_task_that_nobody_has_read_yet_is_queued(pool: Pool) -> None:
     """The words of a timeout right after ``submit`` do not say that the task is settled."""
     executor = pool(1)
-    with pytest.raises(TimeoutError, match="it is (queued|sent|running)"):
+    with pytest.raises(TimeoutError, match=r"it is (queued|sent|running)"):
         executor.submit(tasks.nap, 0.2).result(0)
 
 
