@@ -208,7 +208,6 @@ def test_they_cancel_and_kill_each_other(pool: MakePool, tmp_path: Path) -> None
 
     def meddle(n: int) -> Callable[[Future[Any]], None]:
         def act(_: object) -> None:
-            told[n] += 1
             other = futures[(n * 7 + 3) % 60]
             if n % 3 == 0:
                 other.cancel()
@@ -216,6 +215,7 @@ def test_they_cancel_and_kill_each_other(pool: MakePool, tmp_path: Path) -> None
                 other.kill()
             else:
                 more.append(executor.submit(plain.echo, n))
+            told[n] += 1  # last: when all are told, ``more`` is complete
 
         return act
 
