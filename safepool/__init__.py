@@ -7,10 +7,10 @@ Names are loaded when they are first used, so that ``import safepool`` costs nex
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # and not typing's: that import would cost more than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from ._os import CAPABILITIES as CAPABILITIES
     from .errors import Attempt as Attempt
     from .errors import PoisonTask as PoisonTask
@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
     place = _PLACES.get(name)
     if place is None:
         raise AttributeError(f"module 'safepool' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f".{place}", __name__), name)
+    value = globals()[name] = getattr(__import__(f"{__name__}.{place}", fromlist=[name]), name)
     return value
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from . import _events as e
 from ._link import Answer
 from ._payload import Payload
@@ -11,6 +9,7 @@ from .errors import Attempt, with_attempts
 from .future import SafeFuture
 from .policy import Retry, TaskOptions
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._retry import Judge
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import io
+import multiprocessing
 import os
 import sys
 import threading
@@ -41,6 +42,11 @@ def process_class(context: Any, method: str, *, zygote: bool) -> Any:
         if ours is not None and context.Process is ours.__base__:
             return ours
     return context.Process
+
+
+def is_stock(context: Any) -> bool:
+    """Is it one of the stdlib's own contexts?  Those of others may mean something by theirs."""
+    return type(context).__module__ == "multiprocessing.context" or context is multiprocessing
 
 
 def forget(child: Any) -> None:

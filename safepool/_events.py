@@ -6,20 +6,24 @@ Every event carries ``now``, in monotonic seconds.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from ._shapes import NamedTuple
 
-#: Why an attempt or a task came to nothing.
-FailureKind = Literal[
-    "error",  # the task raised
-    "result",  # the task returned something its retry policy may not accept
-    "timeout",  # one attempt took too long
-    "deadline",  # all of it took too long
-    "death",  # the worker died
-    "poison",  # too many workers died
-    "cancelled",  # the user does not want it any more
-    "terminated",  # the user ended the workers
-    "broken",  # the pool cannot run anything
-]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Literal
+
+    #: Why an attempt or a task came to nothing.
+    FailureKind = Literal[
+        "error",  # the task raised
+        "result",  # the task returned something its retry policy may not accept
+        "timeout",  # one attempt took too long
+        "deadline",  # all of it took too long
+        "death",  # the worker died
+        "poison",  # too many workers died
+        "cancelled",  # the user does not want it any more
+        "terminated",  # the user ended the workers
+        "broken",  # the pool cannot run anything
+    ]
 
 
 class Failure(NamedTuple):
@@ -31,6 +35,7 @@ class Failure(NamedTuple):
     seconds: float = 0.0
     deaths: int = 0
     reason: str = ""
+    peak_bytes: int | None = None
 
 
 class NewTask(NamedTuple):
@@ -131,6 +136,7 @@ class WorkerDied(NamedTuple):
     worker: int
     exitcode: int | None
     unbegun: tuple[int, ...]
+    peak_bytes: int | None = None
 
 
 class SpawnFailed(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING
 
 from ._events import Failure
 from .errors import (
@@ -17,6 +16,7 @@ from .errors import (
 )
 from .policy import TaskOptions
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .future import SafeFuture
 
@@ -29,12 +29,17 @@ def error_of(failure: Failure, future: SafeFuture, options: TaskOptions, pid: in
 def _died(failure: Failure, future: SafeFuture, options: TaskOptions, pid: int | None) -> BaseException:
     why = f" (it was killed: {failure.reason})" if failure.reason else ""
     return WorkerDied(
-        f"worker process {pid} died while it ran {future}: {how_it_ended(failure.exitcode)}{why}; "
+        f"worker process {pid} died while it ran {future}: {how_it_ended(failure.exitcode)}{why}{_memory(failure)}; "
         "the other tasks are not affected (retry= runs such a task again)",
         pid=pid,
         exitcode=failure.exitcode,
         task=str(future),
+        peak_bytes=failure.peak_bytes,
     )
+
+
+def _memory(failure: Failure) -> str:
+    return "" if failure.peak_bytes is None else f", with a peak memory of {failure.peak_bytes / 1e6:.0f} MB"
 
 
 def _poison(failure: Failure, future: SafeFuture, options: TaskOptions, pid: int | None) -> BaseException:

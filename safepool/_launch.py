@@ -10,19 +10,55 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from . import _contexts, _os, _payload, _wire, _worker
 from ._worker import Setup
+from .policy import LaunchPolicy
+
+if TYPE_CHECKING:
+    from ._keep import KeptProcess
+
+PLAIN = LaunchPolicy()
 
 
-class WorkerProcess:
-    """A started worker: its pid, how to see it die, how to end it.  Only the watchdog calls this.
+class WorkerProcess(Protocol):
+    """A started worker: its pid, how to see it die, how to end it.  Only the watchdog calls this."""
 
-    ``process`` is multiprocessing's object (what ``_processes`` shows); ``greeting`` is what its
-    channel must carry first, if anything.
-    """
+    process: Any  #: what ``_processes`` shows
+    greeting: bytes  #: what its channel must carry first, if anything
+    pid: int
+
+    def fileno(self) -> int | None:
+        """A descriptor that is readable once the process is dead; None: ask ``is_dead``."""
+
+    def is_dead(self) -> bool: ...
+
+    def exitcode(self) -> int | None:
+        """The exit status of a dead worker; None while it is not known (yet)."""
+
+    def is_status_lost(self) -> bool:
+        """Will the exit status of this dead worker never be known?"""
+
+    def last_words(self) -> LastWords:
+        """What else is known of a worker whose exit status is."""
+
+    def kill(self, *, hard: bool) -> None: ...
+
+    def release(self) -> None:
+        """Give back the descriptors; the worker is dead, or given up."""
+
+
+class LastWords(NamedTuple):
+    """What is told of a dead worker besides its exit status: its peak memory, and what was left of its family."""
+
+    peak_bytes: int | None = None
+    leftovers: Sequence[tuple[int, str, bool]] = ()
+
+
+class ContextWorker:
+    """A worker that a start context of multiprocessing's made."""
 
     def __init__(self, process: Any, greeting: bytes = b"") -> None:
         self.process = process
@@ -36,25 +72,25 @@ class WorkerProcess:
             self._is_gone = True
 
     def fileno(self) -> int | None:
-        """A descriptor that is readable once the process is dead; None: ask ``is_dead``."""
         return self._fd
 
     def is_dead(self) -> bool:
         return self._is_gone or self._is_closed() or self.exitcode() is not None
 
     def exitcode(self) -> int | None:
-        """The exit status of a dead worker; None while it is not known (yet)."""
         if self._is_closed():
             return None
         code: int | None = self.process.exitcode
         return None if getattr(self.process._popen, "status_is_lost", False) else code
 
     def is_status_lost(self) -> bool:
-        """Will the exit status of this dead worker never be known?"""
         if self._is_closed():
             return True
         is_child = getattr(self.process._popen, "method", "") in ("fork", "spawn")
         return is_child and _os.is_reaped(self._fd)
+
+    def last_words(self) -> LastWords:
+        return LastWords()
 
     def _is_closed(self) -> bool:
         # Users find multiprocessing's object in ``_processes``, and may close() it once it is dead.
@@ -65,7 +101,6 @@ class WorkerProcess:
             _os.send_signal(self._fd, self.process, hard=hard)
 
     def release(self) -> None:
-        """Give back the descriptors; the worker is dead, or given up."""
         # multiprocessing remembers its children, and with them two pipes each, until they are joined.
         if not self._is_closed():
             self.process.join(0)
@@ -76,7 +111,43 @@ class WorkerProcess:
             self._fd = None
 
     def __repr__(self) -> str:
-        return f"<WorkerProcess {self.pid} exitcode={self.exitcode()}>"
+        return f"<ContextWorker {self.pid} exitcode={self.exitcode()}>"
+
+
+class KeptWorker:
+    """A worker that the keeper made."""
+
+    def __init__(self, process: KeptProcess, greeting: bytes) -> None:
+        self.process = process
+        self.greeting = greeting
+        self.pid = process.pid
+
+    def fileno(self) -> int | None:
+        return self.process.fileno()
+
+    def is_dead(self) -> bool:
+        return not self.process.is_alive()
+
+    def exitcode(self) -> int | None:
+        return self.process.exitcode
+
+    def is_status_lost(self) -> bool:
+        return False  # a keeper that has ended has ended its workers
+
+    def last_words(self) -> LastWords:
+        return LastWords(self.process.peak_bytes, self.process.leftovers)
+
+    def kill(self, *, hard: bool) -> None:
+        if hard:
+            self.process.kill()
+        else:
+            self.process.terminate()
+
+    def release(self) -> None:
+        self.process.release()
+
+    def __repr__(self) -> str:
+        return f"<KeptWorker {self.process!r}>"
 
 
 class Processes(dict[int, Any]):
@@ -138,8 +209,8 @@ class ContextLauncher:
             # exit finishes the work.
             if self.method != "fork":
                 raise
-            return default_launcher(self._name).launch(channel, tickets, setup)
-        return WorkerProcess(process, greeting)
+            return launcher_of(None, self._name).launch(channel, tickets, setup)
+        return ContextWorker(process, greeting)
 
     def __repr__(self) -> str:
         return f"<ContextLauncher {self.method}>"
@@ -155,8 +226,70 @@ class _ByValue:
         return _payload.loads, (_payload.dumps_by_value(self._setup),)
 
 
-def default_launcher(name: str) -> ContextLauncher:
-    """The launcher of a pool without ``mp_context``: never a fork of the user's process."""
+class KeeperLauncher:
+    """Starts workers through the keeper, which is their parent: forked from its zygote, or in new interpreters."""
+
+    def __init__(self, method: str, name: str, policy: LaunchPolicy) -> None:
+        self.method = method
+        self._name = name
+        self._policy = policy
+        self._count = 0
+
+    def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess:
+        """Start one worker on its ends of these sockets.  Raises ``OSError``, and what pickling raises."""
+        from . import _keep
+
+        inherited: list[int] = []
+        try:
+            body = _payload.dumps((dict(os.environ), setup))
+        except RuntimeError:
+            # Locks, queues and shared memory pickle only while a process is being started.
+            body = _dumps_while_starting((dict(os.environ), setup), inherited)
+        self._count += 1
+        named = {"channel": channel.fileno()}
+        if tickets is not None:
+            named["tickets"] = tickets.fileno()
+        process = _keep.launch(
+            f"{self._name}-worker-{self._count}",
+            self._policy,
+            fresh=self.method == "spawn",
+            named=named,
+            more=inherited,
+        )
+        return KeptWorker(process, _wire.encode(_wire.Frame(_wire.SETUP, body=body)))
+
+    def __repr__(self) -> str:
+        return f"<KeeperLauncher {self.method}>"
+
+
+def _dumps_while_starting(value: Any, inherited: list[int]) -> bytes:
+    """Pickle as for a child of a fork server; ``inherited`` is filled with the descriptors that it needs."""
+    from multiprocessing import context, popen_forkserver
+
+    class Starting:
+        DupFd = popen_forkserver._DupFd  # type: ignore[attr-defined]
+
+        def duplicate_for_child(self, fd: int) -> int:
+            inherited.append(fd)
+            return len(inherited) - 1
+
+    context.set_spawning_popen(Starting())  # type: ignore[attr-defined]
+    try:
+        return _payload.dumps_by_value(value)
+    finally:
+        context.set_spawning_popen(None)  # type: ignore[attr-defined]
+
+
+def launcher_of(context: Any, name: str, policy: LaunchPolicy = PLAIN) -> ContextLauncher | KeeperLauncher:
+    """The launcher of a pool with this ``mp_context``; without one, never a fork of the user's process."""
+    if context is None or _contexts.is_stock(context):
+        method = "forkserver" if context is None else context.get_start_method(allow_none=False)
+        if method != "fork" and "keeper" in _os.CAPABILITIES:
+            return KeeperLauncher(method, name, policy)
+    if policy.isolation is not None:
+        raise ValueError(f"isolation={policy.isolation!r} needs Linux, and a start method other than fork")
+    if context is not None:
+        return ContextLauncher(context, name)
     if "forkserver" in multiprocessing.get_all_start_methods():
         return ContextLauncher(multiprocessing.get_context("forkserver"), name, zygote=True)
     from loky.backend.context import get_context

@@ -19,6 +19,9 @@ SMALL_BYTES = 1 << 14  # smaller calls are written together
 MOST_TICKET_BYTES = 1 << 16
 
 
+Left = tuple[int, str, bool]  # a process: pid, command line, is it gone
+
+
 class Answer(NamedTuple):
     """What a worker sent for one task."""
 
@@ -38,6 +41,7 @@ class Heard(NamedTuple):
     answers: list[Answer]
     begun: int | None  # the task that runs now, if its start was told
     run_s: float  # mean run time of the answered tasks, in seconds
+    left: list[tuple[int, list[Left]]]  # what tasks left behind
     lost: str | None  # why the channel cannot be read any more; "": it is closed
 
 
@@ -165,6 +169,10 @@ class Link:
             return self.take_back()
         return tuple(task for number, task in self._sent.items() if number > self._begun)
 
+    def unanswered(self) -> tuple[int, ...]:
+        """The tasks that were sent and have neither been answered nor taken back."""
+        return tuple(self._sent.values())
+
     def hear(self, most_bytes: int = 1 << 22) -> Heard:
         """Read what has come, without waiting, but for fairness not much more than ``most_bytes``."""
         lost = None
@@ -191,6 +199,7 @@ class Link:
         booted = ready = False
         unfit = None
         answers: list[Answer] = []
+        left: list[tuple[int, list[Left]]] = []
         begun = 0
         run_s = 0.0
         pid, pop, new = self.process.pid, self._sent.pop, tuple.__new__
@@ -202,19 +211,21 @@ class Link:
                     begun = begins
                 elif kind == _wire.BEGAN:
                     begun = number
+                elif kind == _wire.LEFT:
+                    left.append((self._sent[number], _wire.leftovers_in(body)))
                 elif kind == _wire.BOOTED:
                     booted = True
                 elif kind == _wire.READY:
                     ready = True
                 elif kind == _wire.UNFIT:
                     unfit = text.decode(errors="replace")
-        except (_wire.ProtocolError, KeyError) as error:
+        except (_wire.ProtocolError, KeyError, ValueError, EOFError) as error:
             lost = f"it does not speak our protocol: {error!r}"
         except MemoryError:
             lost = self._give_up_reading()
         self._begun = begun or self._begun
         mean_s = run_s / len(answers) if answers else 0.0
-        return Heard(booted, ready, unfit, answers, self._sent.get(begun), mean_s, lost)
+        return Heard(booted, ready, unfit, answers, self._sent.get(begun), mean_s, left, lost)
 
     def _close_sockets(self) -> None:
         for end in self._open:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from contextlib import suppress
-from logging import CRITICAL, ERROR
-
-__all__ = ["CRITICAL", "ERROR", "tell"]
+WARNING, ERROR, CRITICAL = 30, 40, 50  # as logging has them, which a worker loads only when it has to
 NAME = "concurrent.futures"
 
 
 def tell(level: int, message: str, *args: object, error: BaseException | None = None) -> None:
     """Log ``message % args``, with the traceback of ``error``; ``level`` as logging has them.  Raises nothing."""
-    with suppress(BaseException):
+    try:
+        import logging
+
         logging.getLogger(NAME).log(level, message, *args, exc_info=error)
+    except BaseException:
+        pass

@@ -1,4 +1,4 @@
-"""The only module that pickles: calls and set-ups on their way out, results and exceptions on their way back.
+"""Pickles calls and set-ups on their way out; ``_unpack`` is the worker's half, and nobody else pickles.
 
 What lives in ``__main__`` travels by value, so workers need no ``__main__`` of the user's, and no main
 guard is asked for.  In a worker all of it shares one ``__main__`` namespace, as it does at home:
@@ -12,38 +12,42 @@ Forked workers have the script as it was: what they hold unchanged goes by refer
 from __future__ import annotations
 
 import builtins
-import copyreg
 import functools
 import io
 import itertools
 import os
 import pickle
-import struct
 import sys
 import threading
 import types
 import weakref
 from collections import ChainMap
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, ClassVar, NamedTuple
 
-PROTOCOL = pickle.HIGHEST_PROTOCOL
-MOST_FUNCTIONS = 512  # that a worker keeps loaded
-_HEAD = struct.Struct("<BQ")  # flags, length of the pickled arguments; they and the function follow
-_KEEP, _CHUNK = 1, 2
+from . import _unpack
+from ._shapes import NamedTuple
+from ._unpack import (
+    CHUNK,
+    HEAD,
+    KEEP,
+    PLAIN,
+    PROTOCOL,
+    Unsent,
+    absent,
+    dumps_by_reference,
+    dumps_plain,
+    dumps_result,
+    loads,
+)
+from ._unpack import main as _main
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, ClassVar
+
+__all__ = ["Held", "Payload", "dumps", "dumps_by_value", "dumps_call", "dumps_result", "loads"]
 _MAIN = b"main__"  # of "__main__", and of "__mp_main__", as multiprocessing calls it in its children
 _MAINS = ("__main__", "__mp_main__")
-_PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
-_absent = object()
-
-
-class Task(NamedTuple):
-    """What a worker runs: ``fn(*args, **kwargs)``, or for a chunk ``fn(*one)`` for each of ``args``."""
-
-    fn: Any
-    args: Any
-    kwargs: dict[str, Any]
-    is_chunk: bool
 
 
 class Payload(NamedTuple):
@@ -79,36 +83,16 @@ def dumps_call(fn: Any, args: Any, kwargs: dict[str, Any], *, chunk: bool = Fals
 def _dumps_call(pickled: tuple[bytes, bool], args: Any, kwargs: dict[str, Any], chunk: bool) -> Payload:
     function, keep = pickled
     if not kwargs and not chunk and _are_plain(args):
-        data = pickle.dumps((args, kwargs), PROTOCOL)  # half the cost of a pickler that knows more
+        data = dumps_plain((args, kwargs))
     else:
         data = dumps(args if chunk else (args, kwargs))
-    return Payload(function, _HEAD.pack(_KEEP * keep + _CHUNK * chunk, len(data)) + data)
-
-
-def loads_call(body: bytes) -> Task:
-    """In the worker.  Raises whatever unpickling raises."""
-    flags, length = _HEAD.unpack_from(body)
-    end = _HEAD.size + length
-    function = body[end:]
-    fn = _functions.get(function, _absent)
-    if fn is _absent:
-        fn = pickle.loads(function)
-        if flags & _KEEP:
-            if len(_functions) >= MOST_FUNCTIONS:
-                _functions.clear()
-            _functions[function] = fn
-    with memoryview(body) as view:
-        rest = pickle.loads(view[_HEAD.size : end])
-    if flags & _CHUNK:
-        return Task(fn, rest, {}, True)
-    args, kwargs = rest
-    return Task(fn, args, kwargs, False)
+    return Payload(function, HEAD.pack(KEEP * keep + CHUNK * chunk, len(data)) + data)
 
 
 def dumps(value: Any) -> bytes:
     """Pickle what goes to a worker; by reference where it can be imported there, else by value."""
     try:
-        data = _dumps(value)
+        data = dumps_by_reference(value)
     except (pickle.PicklingError, AttributeError, TypeError):
         return _dumps_by_value(value, shared_main=True)
     # The module of everything pickled by reference is named in the bytes.  A false alarm (the name
@@ -116,38 +100,11 @@ def dumps(value: Any) -> bytes:
     return _dumps_by_value(value, shared_main=True) if _MAIN in data else data
 
 
-def dumps_result(result: Any) -> bytes:
-    """Pickle what comes back: home has its own ``__main__``, so by value only if need be."""
-    if type(result) in _PLAIN:
-        return pickle.dumps(result, PROTOCOL)
-    try:
-        return _dumps(result)
-    except (pickle.PicklingError, AttributeError, TypeError) as refusal:
-        try:
-            return _dumps_by_value(result, shared_main=False)
-        except (ImportError, OSError):  # a task has left its worker unable to load what that needs
-            raise refusal from None
-
-
 def _are_plain(values: Any) -> bool:
     for value in values:  # noqa: SIM110  (a generator costs more than what is saved)
-        if type(value) not in _PLAIN:
+        if type(value) not in PLAIN:
             return False
     return True
-
-
-def loads(body: bytes) -> Any:
-    return pickle.loads(body)
-
-
-def inherit_main() -> None:
-    """In a forked worker: note what ``__main__`` holds before anything of the worker's runs."""
-    _inherited.update(_main())
-
-
-def own_main() -> None:
-    """In a new worker: an empty ``__main__`` for the user's names, instead of the bootstrap's."""
-    sys.modules["__main__"] = types.ModuleType("__main__")
 
 
 # ------------------------------------------------------------------ functions
@@ -169,14 +126,14 @@ class Held:
             return False
         root, *path = thing.__qualname__.split(".")
         main = _main()
-        found = main.get(root, _absent)
-        if found is _absent or found is not self._main.get(root, _absent):
+        found = main.get(root, absent)
+        if found is absent or found is not self._main.get(root, absent):
             return False
         for name in path:
-            found = getattr(found, name, _absent)
+            found = getattr(found, name, absent)
         # What was sent by value once may have been rebound in the workers: it goes on so.
         return found is thing and all(
-            main.get(name, _absent) is self._main.get(name, _absent) and name not in _tracked
+            main.get(name, absent) is self._main.get(name, absent) and name not in _tracked
             for name in self._look(thing)[1]
         )
 
@@ -195,7 +152,7 @@ class Held:
                     more = _names_in_code(function.__code__) - names
                     names |= more
                     todo += [self._main.get(name) for name in more]
-            known = self._names[thing] = _dumps(thing), names
+            known = self._names[thing] = dumps_by_reference(thing), names
         return known
 
 
@@ -211,7 +168,6 @@ class _Sent(NamedTuple):
     values: tuple[Any, ...]
 
 
-_functions: dict[bytes, Any] = {}  # in a worker: loaded, by their pickle
 _sent: weakref.WeakKeyDictionary[Any, _Sent] = weakref.WeakKeyDictionary()
 
 
@@ -232,7 +188,7 @@ def _dumps_function(fn: Any) -> tuple[bytes, bool]:
     if names is None:
         return dumps(fn), False
     main = _main()
-    sent = _Sent(dumps(fn), made_of, tuple(names), tuple(main.get(name, _absent) for name in names))
+    sent = _Sent(dumps(fn), made_of, tuple(names), tuple(main.get(name, absent) for name in names))
     _sent[fn] = sent
     return sent.data, True
 
@@ -244,7 +200,7 @@ def _is_findable(fn: types.FunctionType) -> bool:
 
 def _is_current(sent: _Sent) -> bool:
     main = _main()
-    return all(main.get(name, _absent) is value for name, value in zip(sent.names, sent.values))
+    return all(main.get(name, absent) is value for name, value in zip(sent.names, sent.values))
 
 
 def _names_in_main(fn: Any) -> dict[str, None] | None:
@@ -262,7 +218,7 @@ def _names_in_main(fn: Any) -> dict[str, None] | None:
         for name in _names_in_code(function.__code__):
             if name in names or hasattr(builtins, name):
                 continue
-            value = main.get(name, _absent)
+            value = main.get(name, absent)
             if not _can_be_looked_through(value):
                 return None
             names[name] = None
@@ -284,38 +240,17 @@ def _names_in_code(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names_in_code, inner))
 
 
-def _main() -> dict[str, Any]:
-    return sys.modules["__main__"].__dict__
-
-
 # ------------------------------------------------------------------- picklers
-
-
-class _Pickler(pickle.Pickler):
-    """The C pickler with multiprocessing's own reducers (connections, sockets, bound methods)."""
-
-    dispatch_table: ClassVar[dict[type, Any]] = {}  # type: ignore[misc]
-    made_of: ClassVar[tuple[int, int]] = (0, 0)
-
-
-def _refresh_reducers() -> None:
-    """A plain dict of both tables, made anew when one has grown: a ``ChainMap`` doubles the cost of a call."""
-    ours, more = ForkingPickler._extra_reducers, copyreg.dispatch_table  # type: ignore[attr-defined]
-    if _Pickler.made_of != (len(ours), len(more)):
-        _Pickler.dispatch_table = {**more, **ours}
-        _Pickler.made_of = (len(ours), len(more))
-
-
-def _dumps(value: Any) -> bytes:
-    _refresh_reducers()
-    file = io.BytesIO()
-    _Pickler(file, PROTOCOL).dump(value)
-    return file.getvalue()
 
 
 def dumps_by_value(value: Any) -> bytes:
     """Pickle what goes to a worker in one go: what is handed to a process at its start is noted at every pickling."""
     return _dumps_by_value(value, shared_main=True)
+
+
+def dumps_home_by_value(value: Any) -> bytes:
+    """Pickle a result that cannot be pickled by reference."""
+    return _dumps_by_value(value, shared_main=False)
 
 
 def _dumps_by_value(value: Any, *, shared_main: bool) -> bytes:
@@ -339,6 +274,11 @@ def _pickled(value: Any, shared_main: bool) -> bytes:
     file = io.BytesIO()
     _by_value_pickler(shared_main)(file, PROTOCOL).dump(value)
     return file.getvalue()
+
+
+def load_cloudpickle() -> None:
+    """Now, and not when the first call or result needs it, and waits for it."""
+    import cloudpickle  # noqa: F401
 
 
 def _by_value_pickler(shared_main: bool) -> Any:
@@ -369,7 +309,7 @@ def _by_value_pickler(shared_main: bool) -> Any:
 
             def reducer_override(self, obj: Any) -> Any:
                 if type(obj) is _LruCache and obj.__module__ in _MAINS:
-                    return _cached, (obj.cache_parameters(), obj.__wrapped__)
+                    return _unpack.cached, (obj.cache_parameters(), obj.__wrapped__)
                 return super().reducer_override(obj)
 
             def _dynamic_function_reduce(self, func: Any) -> Any:
@@ -381,7 +321,7 @@ def _by_value_pickler(shared_main: bool) -> Any:
                 if package:
                     slots["__globals__"]["__package__"] = package
                 slots["__globals__"] = _versioned(slots["__globals__"])
-                return make, (code, _TheirMain(), *more), (state, slots), None, None, _set_function_of_main
+                return make, (code, _TheirMain(), *more), (state, slots), None, None, _unpack.set_function_of_main
 
         _by_value_classes[:] = ByValueHome, ByValue
     return _by_value_classes[shared_main]
@@ -421,11 +361,6 @@ class _TheirMain:
 _tracked: dict[str, tuple[Any, int]] = {}
 _tracking = threading.RLock()
 _rebound = itertools.count(1)
-# In a worker: which version of each global it was given last.
-_given: dict[str, int] = {}
-# In a forked worker: what it found in ``__main__``.  The same class must not be there twice, once by
-# inheritance and once by value; but what an initializer has assigned since is the worker's own.
-_inherited: dict[str, Any] = {}
 
 
 def _versioned(values: dict[str, Any]) -> dict[str, tuple[int, Any]]:
@@ -455,29 +390,6 @@ def _sendable(name: str, value: Any) -> Any:
     return value
 
 
-class Unsent:
-    """Stands in a worker for a global of the script that could not be sent; whatever is done with it says so."""
-
-    def __init__(self, name: str, why: str) -> None:
-        self.__dict__.update(_name=name, _why=why)
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            f"the global {self._name!r} of __main__ cannot be sent to a worker ({self._why}); "
-            "give it to the workers as initargs of an initializer, or make it there"
-        )
-
-    def __getattr__(self, attribute: str) -> Any:
-        if attribute[:2] == "__":
-            raise AttributeError(attribute)
-        return self._refuse()
-
-    def __reduce__(self) -> Any:
-        return Unsent, (self._name, self._why)
-
-    __call__ = __enter__ = __exit__ = __iter__ = __next__ = __len__ = __getitem__ = __setitem__ = __bool__ = _refuse
-
-
 def _fresh(value: Any) -> Any:
     """Locks among the globals: a worker has its own, as it has under "spawn" and "fork"."""
     if type(value) in _LOCKS:
@@ -496,30 +408,6 @@ class _Fresh(NamedTuple):
 
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _LruCache = type(functools.lru_cache(abs))
-
-
-def _cached(parameters: dict[str, Any], fn: Any) -> Any:
-    return functools.lru_cache(**parameters)(fn)
-
-
-def _set_function_of_main(fn: Any, state: Any) -> None:
-    """In the worker: what cloudpickle does, but only globals that were rebound at home are assigned."""
-    from cloudpickle.cloudpickle import _function_setstate
-
-    main = _main()
-    for name, (version, value) in state[1]["__globals__"].items():
-        # Not what is older than what it has: a task may be pickled before another one and run after it.
-        known = _given.get(name)
-        if isinstance(value, Unsent):
-            main.setdefault(name, value)  # a forked worker has the real one, and an initializer may have made one
-            continue
-        is_theirs = isinstance(main.get(name, value), Unsent) or name not in main
-        is_theirs = is_theirs or main[name] is _inherited.get(name, _absent)
-        if (known is None and is_theirs) or (known is not None and version > known):
-            main[name] = value
-        _given[name] = version if known is None else max(known, version)
-    state[1]["__globals__"] = {}
-    _function_setstate(fn, state)
 
 
 def _let_go_in_child() -> None:

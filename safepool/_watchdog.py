@@ -15,7 +15,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from time import monotonic, sleep
 from typing import Any, NamedTuple
@@ -26,16 +26,17 @@ from ._call import Call
 from ._core import Core
 from ._evidence import error_of
 from ._launch import Launcher, Processes
-from ._link import Link
-from ._log import CRITICAL, tell
+from ._link import Left, Link
+from ._log import CRITICAL, WARNING, tell
 from ._payload import SPENT
 from ._side import Side
 from ._worker import Setup
 from .errors import Attempt, PoolBroken, with_attempts
+from .leaving import Leftover
 from .policy import PoolPolicy
 
 EVENTS_KEPT = 1000
-STATUS_LIMIT_S = 0.5  # for the exit status of a dead worker to reach us
+STATUS_LIMIT_S = 1.5  # for the exit status of a dead worker to reach us, once its family is ended
 STATUS_AGAIN_S = 0.002
 STATUS_LOST_S = 0.05  # the same, when it seems that somebody else took it
 ANSWER_LIMIT_S = 2.0  # for the watchdog to answer a caller
@@ -101,6 +102,7 @@ class Watchdog:
         self._watched: set[int] = set()  # workers whose death a descriptor reports
         self._writing: set[int] = set()
         self._dying: dict[int, tuple[Link, float]] = {}
+        self._told_leftovers: set[str] = set()
         self._events: deque[e.Event] = deque()
         self.event_log: deque[str | e.Event] = deque(maxlen=EVENTS_KEPT)
 
@@ -220,11 +222,11 @@ class Watchdog:
     def deliver(self, job: Callable[[], object]) -> None:
         self._side.put(job)
 
-    def _tell(self, message: str, *args: object, error: BaseException | None = None) -> None:
+    def _tell(self, message: str, *args: object, error: BaseException | None = None, level: int = CRITICAL) -> None:
         """To the log; on a thread nobody waits for: its handlers may block, and stderr may be a pipe that is full."""
         with suppress(RuntimeError):
-            args = CRITICAL, message, *args
-            threading.Thread(target=tell, args=args, kwargs={"error": error}, daemon=True).start()
+            words = level, message, *args
+            threading.Thread(target=tell, args=words, kwargs={"error": error}, daemon=True).start()
 
     def state_of(self, task: int) -> str:
         """In words, of a task that is not done: what the core does not know has not been read yet."""
@@ -389,6 +391,8 @@ class Watchdog:
         if heard.ready:
             self.progress += 1
             self._events.append(e.WorkerReady(now, worker))
+        for task, left in heard.left:
+            self._note_leftovers(task, left)
         if heard.answers or heard.begun is not None:
             self.progress += 1
             finished = []
@@ -428,9 +432,24 @@ class Watchdog:
                 del self._dying[worker]
                 self._hear(link, most_bytes=1 << 62)  # "answered, then died" is one fact: first the answer
                 self._drain()
-                self._events.append(e.WorkerDied(monotonic(), worker, code, link.unbegun()))
+                unbegun, (peak_bytes, left) = link.unbegun(), link.process.last_words()
+                for task in link.unanswered():
+                    self._note_leftovers(task, left, tell=False)  # ended with their worker, as they were to be
+                self._events.append(e.WorkerDied(monotonic(), worker, code, unbegun, peak_bytes))
                 self._forget(link)
                 self._drain()
+
+    def _note_leftovers(self, task: int, left: Sequence[Left], *, tell: bool = True) -> None:
+        call = self._calls.get(task)
+        if call is None or not left:
+            return
+        call.future.leftovers += tuple(Leftover(pid, command, str(call.future), gone) for pid, command, gone in left)
+        fresh = {command for _, command, _ in left} - self._told_leftovers
+        if tell and fresh:  # a run of many tasks says the same of each
+            self._told_leftovers |= fresh
+            ended = "and were ended" if all(gone for *_, gone in left) else "that still run"
+            listed = ", ".join(f"{pid} ({command})" for pid, command, _ in left)
+            self._tell("safepool: %s left processes behind %s: %s", str(call.future), ended, listed, level=WARNING)
 
     def _forget(self, link: Link) -> None:
         del self._links[link.worker]

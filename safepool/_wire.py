@@ -7,23 +7,28 @@ nothing but itself.
 
 from __future__ import annotations
 
-import socket
-import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+import marshal
+from _struct import Struct, pack  # not struct, and no socket: every worker would wait for those
+
+from ._shapes import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket
+    from collections.abc import Iterator
 
 # To the worker: a call to run; the request to exit; what every worker is set up with.
 CALL, EXIT, SETUP = 1, 2, 3
-# From the worker: alive; ready; initializer failed; a task began; it returned; it raised.
-BOOTED, READY, UNFIT, BEGAN, RETURNED, RAISED = 11, 12, 13, 14, 15, 16
-_KINDS = frozenset((CALL, EXIT, SETUP, BOOTED, READY, UNFIT, BEGAN, RETURNED, RAISED))
+# From the worker: alive; ready; initializer failed; a task began; it returned; it raised; it left processes.
+BOOTED, READY, UNFIT, BEGAN, RETURNED, RAISED, LEFT = 11, 12, 13, 14, 15, 16, 17
+_KINDS = frozenset((CALL, EXIT, SETUP, BOOTED, READY, UNFIT, BEGAN, RETURNED, RAISED, LEFT))
 
 # Whatever else is written to a channel by mistake, one byte is enough, is found out at the next header.
 MAGIC = 0xF05AFE01
 # MAGIC, kind, number of the call at this worker, number of the call that begins now (0: none), run time in
 # seconds, length of text, length of body.
-_HEADER = struct.Struct("<IBQQdQQ")
-_TICKET = struct.Struct("<Q")
+_HEADER = Struct("<IBQQdQQ")
+_TICKET = Struct("<Q")
 TICKET_BYTES = _TICKET.size
 MOST_TEXT = 1 << 20
 READ_BYTES = 1 << 16
@@ -47,6 +52,16 @@ def encode(frame: Frame) -> bytes:
     return _HEADER.pack(MAGIC, kind, number, begins, run_s, len(text), len(body)) + text + body
 
 
+def encode_leftovers(left: list[tuple[int, str, bool]]) -> bytes:
+    """What a task left: (pid, command line, is it gone)."""
+    return marshal.dumps(left)
+
+
+def leftovers_in(body: bytes) -> list[tuple[int, str, bool]]:
+    left: list[tuple[int, str, bool]] = marshal.loads(body)
+    return left
+
+
 def encode_call(number: int, data: bytes, function: bytes) -> list[bytes]:
     """In parts, to be sent one after another: a big call is not copied."""
     return [_HEADER.pack(MAGIC, CALL, number, 0, 0.0, 0, len(data) + len(function)), data, function]
@@ -63,7 +78,7 @@ class FrameReader:
         self._buffer = bytearray()
         self._scratch = bytearray(READ_BYTES)
 
-    def read_from(self, channel: socket.socket) -> int:
+    def read_from(self, channel: socket) -> int:
         """Read once; how many bytes came (0: the far end is closed).  Raises ``OSError``."""
         got = channel.recv_into(self._scratch)
         self._buffer += self._scratch if got == READ_BYTES else self._scratch[:got]
@@ -95,7 +110,7 @@ class FrameReader:
 
 
 def encode_tickets(first: int, last: int) -> bytes:
-    return struct.pack(f"<{last + 1 - first}Q", *range(first, last + 1))
+    return pack(f"<{last + 1 - first}Q", *range(first, last + 1))
 
 
 def ticket_in(data: bytes) -> int:

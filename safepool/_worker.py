@@ -4,29 +4,37 @@ Guarantees:
 
 * the answer of one task is on its way before the next one begins, so a death costs one task;
 * a task runs only if its ticket is drawn, so what the parent took back never runs;
-* no task can end this loop: whatever it raises travels, ``SystemExit`` and ``KeyboardInterrupt`` too.
+* no task can end this loop: whatever it raises travels, ``SystemExit`` and ``KeyboardInterrupt`` too;
+* what a task leaves behind is ended (or reported, see ``_leftovers``) before its answer is sent.
 
-Imports little, for every worker pays for it at its start; but all that an error needs is there before the first
-task, which may leave the worker unable to open a file.
+Imports only what every task needs, for the first result of a program waits for it.  What an error needs is loaded
+by ``complete``, before a second task runs: the first may leave the worker unable to open a file.
 """
 
 from __future__ import annotations
 
+import _socket
 import os
-import signal
-import socket
-import threading
-import traceback
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
 from time import perf_counter
-from typing import Any, NamedTuple
 
-from . import _os, _payload, _wire
+from . import _os, _unpack, _wire
 from ._log import CRITICAL, tell
+from ._shapes import NamedTuple
 from ._wire import Frame
-from .errors import TaskUnreadable, traceback_of, words_of
+from ._words import traceback_of, words_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    from _socket import socket
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Any
+
+    from ._leftovers import Leftovers
+else:
+    import _signal as signal
 
 LOG_LIMIT_S = 1.0  # for the handlers of a log
 
@@ -38,14 +46,16 @@ class Setup(NamedTuple):
     initargs: tuple[Any, ...] = ()
 
 
-def main(channel: socket.socket, tickets: socket.socket | None, setup: Setup | None = None) -> None:
+def main(
+    channel: socket, tickets: socket | None, setup: Setup | None = None, leftovers: Leftovers | None = None
+) -> None:
     """The life of a worker.  Returns when the parent asks for it or is gone.
 
     ``setup`` comes by inheritance (fork, or things that only travel so, like locks); if None, it
-    comes as the first frame.
+    comes as the first frame.  ``leftovers``: where there is a keeper.
     """
     _own_signals()
-    link = _Link(_os.moved_up(channel), tickets and _os.moved_up(tickets))
+    link = _Link(_os.moved_up(channel), tickets and _os.moved_up(tickets), leftovers)
     _os.fill_standard()
     os.register_at_fork(after_in_child=link.disown)
     link.send(Frame(_wire.BOOTED, os.getpid()))
@@ -54,6 +64,30 @@ def main(channel: socket.socket, tickets: socket.socket | None, setup: Setup | N
             _serve(link)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone, and nobody can read an answer
+
+
+def complete(*, by_value: bool = False) -> None:
+    """Load what an error needs, and (``by_value``) what functions of scripts need too.  Raises nothing.
+
+    The zygote does so when its first worker is on its way; a worker that was forked before, after its first task.
+    """
+    global _is_complete
+    _is_complete = True  # even if it fails: it will again
+    try:
+        import ast  # noqa: F401  (these are traceback's, at the moment that it needs them)
+        import linecache  # noqa: F401
+        import tokenize  # noqa: F401
+        import traceback  # noqa: F401
+
+        from . import _payload, errors  # noqa: F401
+
+        if by_value:
+            _payload.load_cloudpickle()
+    except BaseException:
+        pass
+
+
+_is_complete = False
 
 
 def _own_signals() -> None:
@@ -73,9 +107,10 @@ def _leave_it_to_the_parent(number: int, frame: Any) -> None:
 class _Link:
     """This worker's ends of its channel and of its tickets."""
 
-    def __init__(self, channel: socket.socket, tickets: socket.socket | None) -> None:
+    def __init__(self, channel: socket, tickets: socket | None, leftovers: Leftovers | None) -> None:
         self._channel = channel
         self._tickets = tickets
+        self.leftovers = leftovers
         self._reader = _wire.FrameReader()
         self._frames: deque[Frame] = deque()
         self._drawn = 0
@@ -86,6 +121,8 @@ class _Link:
         self._channel.close()
         if self._tickets is not None:
             self._tickets.close()
+        if self.leftovers is not None:
+            self.leftovers.close()
 
     def send(self, *frames: Frame) -> None:
         self._speak_for_ourselves()
@@ -130,7 +167,7 @@ class _Link:
         # ticket is not, it was taken back.  A higher ticket belongs to a later call.
         while self._drawn < number:
             try:
-                data = self._tickets.recv(_wire.TICKET_BYTES, socket.MSG_DONTWAIT)
+                data = self._tickets.recv(_wire.TICKET_BYTES, _socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return False
             if len(data) != _wire.TICKET_BYTES:
@@ -143,17 +180,21 @@ def _prepare(link: _Link, setup: Setup | None) -> bool:
     """Run the initializer.  False: it failed, and the parent knows."""
     frame = link.next_frame() if setup is None else None
     if frame is None:
-        _payload.inherit_main()
+        _unpack.inherit_main()
     try:
         if frame is not None:
-            _payload.own_main()
-            environ, setup = _payload.loads(frame.body)
+            _unpack.own_main()
+            environ, setup = _unpack.loads(frame.body)
             if os.environ != environ:
                 os.environ.clear()
                 os.environ.update(environ)
         assert setup is not None
         if setup.initializer is not None:
+            if not _is_complete:
+                complete()
             setup.initializer(*setup.initargs)
+        if link.leftovers is not None:
+            link.leftovers.spare()
     except BaseException as error:
         _log_unfit(error)
         link.send(Frame(_wire.UNFIT, text=_traceback(error)))
@@ -168,10 +209,14 @@ def _log_unfit(error: BaseException) -> None:
     Scenario 1: stderr is a pipe that is full and nobody reads, or a handler of the user's raises.
     """
     args = CRITICAL, "Exception in initializer:"
-    thread = threading.Thread(target=tell, args=args, kwargs={"error": error}, daemon=True)
-    with suppress(RuntimeError):
+    try:
+        import threading
+
+        thread = threading.Thread(target=tell, args=args, kwargs={"error": error}, daemon=True)
         thread.start()
         thread.join(LOG_LIMIT_S)
+    except (ImportError, OSError, RuntimeError):
+        pass
 
 
 def _serve(link: _Link) -> None:
@@ -185,10 +230,14 @@ def _serve(link: _Link) -> None:
         link.send(Frame(_wire.BEGAN, frame.number))
         while frame is not None:
             answer = _run(frame)
+            if link.leftovers is not None:
+                _tidy_up(link, answer)
             del frame  # nothing of a call is kept while the worker waits
-            frame = link.next_call_at_hand()
+            frame = link.next_call_at_hand() if _is_complete else None
             link.answer(answer, 0 if frame is None else frame.number)
             del answer
+        if not _is_complete:
+            complete()
 
 
 # What a task came to: (number, run time in seconds, pickled result), or the frame of its failure.
@@ -199,36 +248,53 @@ def _run(frame: Frame) -> _Answer:
     began = perf_counter()
     number = frame.number
     try:
-        task = _payload.loads_call(frame.body)
+        fn, args, kwargs, is_chunk = _unpack.loads_call(frame.body)
     except BaseException as error:
-        why = f"the call could not be unpickled in worker {os.getpid()}: {words_of(error)}"
-        return _failure(number, TaskUnreadable(why, pid=os.getpid()), perf_counter() - began, cause=error)
+        return _failure(number, _unreadable(error), perf_counter() - began, cause=error)
     del frame
     try:
-        result = [task.fn(*one) for one in task.args] if task.is_chunk else task.fn(*task.args, **task.kwargs)
+        result = [fn(*one) for one in args] if is_chunk else fn(*args, **kwargs)
     except BaseException as error:
         answer = _failure(number, error, perf_counter() - began)
         BaseException.with_traceback(error, None)  # its frames hold the arguments
         return answer
     run_s = perf_counter() - began
-    del task
+    del fn, args, kwargs
     try:
-        return number, run_s, _payload.dumps_result(result)
+        return number, run_s, _unpack.dumps_result(result)
     except BaseException as error:
         return _failure(number, error, run_s)
+
+
+def _tidy_up(link: _Link, answer: _Answer) -> None:
+    """End what the task left, and say what it was before the task's answer."""
+    assert link.leftovers is not None
+    number, run_s = (answer.number, answer.run_s) if isinstance(answer, Frame) else answer[:2]
+    left = link.leftovers.look(run_s)
+    if left:
+        link.send(Frame(_wire.LEFT, number, body=_wire.encode_leftovers(left)))
+
+
+def _unreadable(error: BaseException) -> BaseException:
+    try:
+        from .errors import TaskUnreadable
+    except BaseException:  # it is the first call, and has left the worker unable to load this
+        return error
+    why = f"the call could not be unpickled in worker {os.getpid()}: {words_of(error)}"
+    return TaskUnreadable(why, pid=os.getpid())
 
 
 def _failure(number: int, error: BaseException, run_s: float, cause: BaseException | None = None) -> Frame:
     """The answer for a task that raised: text that always arrives, and the exception if it pickles."""
     if isinstance(error, MemoryError):
-        traceback.clear_frames(error.__traceback__)  # they hold what the memory is full of
+        _clear_frames(error.__traceback__)  # they hold what the memory is full of
     text = _traceback(error if cause is None else cause)
     try:
-        body = _payload.dumps_result(error)
+        body = _unpack.dumps_result(error)
     except BaseException as unpicklable:
         text = _traceback(unpicklable)
         try:
-            body = _payload.dumps_result(unpicklable)
+            body = _unpack.dumps_result(unpicklable)
         except BaseException:
             body = b""
     return Frame(_wire.RAISED, number, 0, run_s, text, body)
@@ -236,3 +302,13 @@ def _failure(number: int, error: BaseException, run_s: float, cause: BaseExcepti
 
 def _traceback(error: BaseException) -> bytes:
     return traceback_of(error).encode(errors="backslashreplace")[-_wire.MOST_TEXT :]
+
+
+def _clear_frames(at: TracebackType | None) -> None:
+    """As traceback's, which may not be there yet, and now there is no memory to load it."""
+    while at is not None:
+        try:  # noqa: SIM105
+            at.tb_frame.clear()
+        except RuntimeError:
+            pass  # it is still running
+        at = at.tb_next

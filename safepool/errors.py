@@ -8,16 +8,20 @@ for ``concurrent.futures`` catches what it always caught.  The facts are attribu
 from __future__ import annotations
 
 import signal
-import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+
+from ._shapes import frozen, later
+from ._words import safe_repr
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from concurrent.futures import Future
+    from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Attempt:
     """One failed run of a task.
 
@@ -31,37 +35,13 @@ class Attempt:
     pid: int | None
     error: BaseException | None
     # Now, on the thread that made it: a __repr__ of the user's may raise or block, and the watchdog tells attempts.
-    _words: str = field(init=False, repr=False, compare=False)
+    _words: str = later(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_words", _safe_repr(self.error))
+        object.__setattr__(self, "_words", safe_repr(self.error))
 
     def __str__(self) -> str:
         return f"attempt {self.number} (worker {self.pid}): {self.cause}: {self._words}"
-
-
-def words_of(error: BaseException) -> str:
-    """Type and message of any exception, whatever its own ``__str__`` does."""
-    try:
-        return f"{type(error).__name__}: {error}"
-    except BaseException:
-        return f"{type(error).__name__} (it cannot be shown)"
-
-
-def traceback_of(error: BaseException) -> str:
-    """What the interpreter would print of it, as far as the methods of the error let it."""
-    try:
-        return "".join(traceback.format_exception(error))
-    except BaseException:
-        where = traceback.format_tb(error.__traceback__)
-        return "".join(["Traceback (most recent call last):\n", *where, words_of(error), "\n"])
-
-
-def _safe_repr(error: BaseException | None) -> str:
-    try:
-        return repr(error)
-    except BaseException:
-        return f"{type(error).__name__} (it cannot be shown)"
 
 
 class _Facts:
@@ -89,10 +69,12 @@ def _rebuild(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
 class WorkerDied(_Facts, BrokenProcessPool):
     """The worker that ran this task ended before it answered.
 
-    Attributes: ``pid``, ``exitcode`` (negative: the signal; None: unknown), ``task``, ``attempts``.
+    Attributes: ``pid``, ``exitcode`` (negative: the signal; None: unknown), ``task``, ``attempts``,
+    ``peak_bytes`` (the most memory that the worker ever had, as its resident set; None: unknown).
     """
 
     exitcode: int | None = None
+    peak_bytes: int | None = None
 
 
 class PoisonTask(WorkerDied):

@@ -10,21 +10,28 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Executor, Future, process
 from multiprocessing import util
 from time import monotonic
-from typing import Any, Literal
 
 from . import _os, _payload
 from ._call import Call
-from ._launch import ContextLauncher, default_launcher
+from ._launch import launcher_of
 from ._payload import Held, Payload
 from ._watchdog import Watchdog
+from ._words import traceback_of
 from ._worker import Setup
-from .errors import PoolBroken, traceback_of
+from .errors import PoolBroken
 from .future import SafeFuture, blame, remote_traceback
-from .policy import MAX_WINDOWS_WORKERS, OnWorkerDeath, PoolPolicy, TaskOptions
+from .policy import MAX_WINDOWS_WORKERS, LaunchPolicy, PoolPolicy, TaskOptions, as_preload
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any, Literal
+
+    from .policy import Isolation, OnLeftovers, OnWorkerDeath
 
 _tasks = itertools.count(1)
 _pools = itertools.count(1)
@@ -112,9 +119,17 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
     * ``timeout``, ``deadline`` (seconds) and ``retry``: the defaults of every task, see ``TaskOptions``;
     * ``on_worker_death``: ``"heal"`` replaces a dead worker and fails only what it ran; ``"break"`` breaks
       the pool, as the standard library does;
+    * ``leftovers``: processes that a task leaves behind are ended when it ends (``"kill"``), only reported
+      (``"report"``; both in the log and on ``future.leftovers``), or left until the pool's process ends
+      (``"leave"``).  What the initializer starts lives as long as its worker; ``leave_running`` makes exceptions;
+    * ``isolation``: ``"namespace"`` runs the workers in a Linux process namespace of their own, whose kernel
+      ends all that is in it, whatever happens; tasks see other process ids then;
+    * ``preload``: names of modules that workers are forked with, so that they need not import them.  None: those
+      that ``__main__`` uses.  Modules that start threads or open files when imported are never preloaded;
     * ``name``: for threads, processes and messages.
 
-    ``mp_context=None`` starts workers from a small server process, never by forking this one.
+    ``mp_context=None`` forks workers from a small process of safepool's own, the keeper, never from this one;
+    it is started once, and ends all that its workers leave behind when this process ends, in whatever way.
     Raises ``TypeError`` or ``ValueError`` for wrong arguments; starts nothing before the first ``submit``.
     """
 
@@ -130,6 +145,9 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         deadline: float | None = None,
         retry: Any = None,
         on_worker_death: OnWorkerDeath = "heal",
+        leftovers: OnLeftovers = "kill",
+        isolation: Isolation = None,
+        preload: Iterable[str] | None = None,
         name: str | None = None,
     ) -> None:
         process._check_system_limits()
@@ -147,7 +165,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         self._options = TaskOptions().but(timeout=timeout, deadline=deadline, retry=retry)
         self._max_workers = workers
         self._mp_context = mp_context if mp_context is not None else _nominal_context(max_tasks_per_child)
-        launcher = default_launcher(name) if mp_context is None else ContextLauncher(mp_context, name)
+        launcher = launcher_of(mp_context, name, LaunchPolicy(leftovers, isolation, as_preload(preload)))
         policy = PoolPolicy(
             workers,
             max_tasks_per_child,

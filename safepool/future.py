@@ -8,7 +8,6 @@ for a pool that is gone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import (
     CANCELLED,
@@ -19,35 +18,45 @@ from concurrent.futures._base import (
 )
 from concurrent.futures.process import _RemoteTraceback
 from time import monotonic
-from typing import Any, Protocol
 
-from . import _payload
+from . import _unpack
 from ._link import Answer
 from ._log import ERROR, tell
-from .errors import Attempt, ResultUnreadable, Unfinished, with_attempts, words_of
+from ._words import words_of
+from .errors import Attempt, ResultUnreadable, Unfinished, with_attempts
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Protocol
+
+    from .leaving import Leftover
+
+    class Home(Protocol):
+        """What a future asks of its pool: the watchdog."""
+
+        progress: int
+
+        def cancel(self, task: int, *, kill: bool = False, wait: bool = False) -> None: ...
+        def check(self) -> None: ...
+        def deliver(self, job: Callable[[], object]) -> None: ...
+        def is_fork(self) -> bool: ...
+        def state_of(self, task: int) -> str: ...
+
 
 LOOK_AFTER_S = 1.0
 _DONE = (CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED)
 
 
-class Home(Protocol):
-    """What a future asks of its pool: the watchdog."""
-
-    progress: int
-
-    def cancel(self, task: int, *, kill: bool = False, wait: bool = False) -> None: ...
-    def check(self) -> None: ...
-    def deliver(self, job: Callable[[], object]) -> None: ...
-    def is_fork(self) -> bool: ...
-    def state_of(self, task: int) -> str: ...
-
-
-class SafeFuture(Future[Any]):
+class SafeFuture(Future["Any"]):
     """What ``submit`` returns.
 
     Beyond ``concurrent.futures.Future``: ``kill()``, ``attempts`` (the failed ones so far, a tuple of
-    ``Attempt``), ``worker_pid`` (of the worker that runs or last ran it, or None) and ``name``.
+    ``Attempt``), ``worker_pid`` (of the worker that runs or last ran it, or None), ``leftovers`` (processes
+    that outlived it, a tuple of ``Leftover``) and ``name``.
     """
+
+    leftovers: tuple[Leftover, ...] = ()
 
     def __init__(self, home: Home, task: int, name: str) -> None:
         # What Future.__init__ sets, but for the Condition, which is most of what a future costs: it is
@@ -163,7 +172,7 @@ class SafeFuture(Future[Any]):
 
     def _unpickle(self, answer: Answer) -> tuple[Any, BaseException | None]:
         try:
-            value = _payload.loads(answer.body)
+            value = _unpack.loads(answer.body)
         except KeyboardInterrupt:
             raise  # more likely the user's than the answer's
         except BaseException as error:

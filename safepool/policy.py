@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
 
+from ._shapes import frozen, replace
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Literal
+
     import tenacity
     from tenacity.wait import wait_base
 
-Cause = Literal["error", "timeout", "death"]
+    Cause = Literal["error", "timeout", "death"]
+    OnWorkerDeath = Literal["heal", "break"]
+    OnLeftovers = Literal["kill", "report", "leave"]
+    Isolation = Literal["namespace"] | None
+
 CAUSES: tuple[Cause, ...] = ("error", "timeout", "death")
-OnWorkerDeath = Literal["heal", "break"]
 MAX_WINDOWS_WORKERS = 61
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Retry:
     """When a failed task is worth another attempt.
 
@@ -50,7 +56,7 @@ class Retry:
             raise ValueError("wait must be a finite number of seconds")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TaskOptions:
     """What one task may ask for.  Seconds are monotonic; ``None`` is "no limit".
 
@@ -70,8 +76,8 @@ class TaskOptions:
         value out of range.
         """
         for key, value in changes.items():
-            if key not in TaskOptions.__dataclass_fields__:
-                known = ", ".join(TaskOptions.__dataclass_fields__)
+            if key not in TaskOptions.__match_args__:
+                known = ", ".join(TaskOptions.__match_args__)
                 raise TypeError(f"unknown option {key!r}; a task may have: {known}")
             if key in ("timeout", "deadline") and value is not None:
                 changes[key] = seconds(value, key)
@@ -82,7 +88,7 @@ class TaskOptions:
         return replace(self, **changes)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PoolPolicy:
     """What the core needs to know about the pool.
 
@@ -102,6 +108,31 @@ class PoolPolicy:
             whole(self.max_tasks_per_child, "max_tasks_per_child", least=1)
         if self.on_worker_death not in ("heal", "break"):
             raise ValueError(f'on_worker_death must be "heal" or "break"; got {self.on_worker_death!r}')
+
+
+@frozen
+class LaunchPolicy:
+    """How workers are started, and what becomes of what their tasks leave behind."""
+
+    leftovers: OnLeftovers = "kill"
+    isolation: Isolation = None
+    preload: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.leftovers not in ("kill", "report", "leave"):
+            raise ValueError(f'leftovers must be "kill", "report" or "leave"; got {self.leftovers!r}')
+        if self.isolation not in (None, "namespace"):
+            raise ValueError(f'isolation must be "namespace" or None; got {self.isolation!r}')
+
+
+def as_preload(value: Any) -> tuple[str, ...] | None:
+    """Names of modules, each once."""
+    if value is None:
+        return None
+    names = () if isinstance(value, str) else tuple(dict.fromkeys(value))
+    if isinstance(value, str) or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"preload must be a sequence of module names; got {value!r}")
+    return names
 
 
 def as_retry(value: Any) -> Retry | tenacity.Retrying | None:

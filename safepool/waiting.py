@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION, Future
 from concurrent.futures._base import DoneAndNotDoneFutures
 from time import monotonic
-from typing import Any
 
 from .errors import Stalled, Unfinished
 from .policy import seconds
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any
 
 LOOK_AFTER_S = 1.0
 TOLD = 10  # how many unfinished futures a message names

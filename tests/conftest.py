@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from safepool import SafePoolExecutor
+from safepool import SafePoolExecutor, _os
 from tests.support import LIMIT_S
 
 GONE_S = 8.0  # from the end of a test until nothing may be left of it
@@ -23,6 +23,8 @@ SHARED = Path("/dev/shm")
 OURS_IN_SHARED = ("sem.mp-", "sem.loky-", "pym-", "psm_", "loky", "safepool")
 #: Processes that multiprocessing and loky start once and keep as long as the program runs.
 HELPERS = ("multiprocessing.forkserver", "resource_tracker", "semaphore_tracker")
+#: And safepool: one keeper, and the process that it forks workers from.
+KEPT = ("safepool-keeper", "safepool-zygote")
 CONTEXTS = ("default", "fork", "spawn", "forkserver")
 
 
@@ -46,6 +48,12 @@ def helpers(scratch: Path) -> None:
         with SafePoolExecutor(1, _context(context)) as executor:
             assert executor.submit(pow, 2, 5).result(LIMIT_S) == 32
     multiprocessing.get_context("spawn").Lock()
+    # Where there is no keeper, which some tests take away: multiprocessing's fork server, and our own one.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_os, "CAPABILITIES", frozenset({"fork"}))
+        for context in ("default", "forkserver"):
+            with SafePoolExecutor(1, _context(context)) as executor:
+                assert executor.submit(pow, 2, 5).result(LIMIT_S) == 32
     from loky.backend import resource_tracker
 
     resource_tracker.ensure_running()
@@ -84,6 +92,8 @@ def _family() -> list[psutil.Process]:
 def _is_helper(process: psutil.Process) -> bool:
     # A worker that a fork server made has the server's command line, but not its parent.
     try:
+        if process.name() in KEPT:
+            return True
         words = " ".join(process.cmdline())
         is_tracker = "tracker" in words
         return any(helper in words for helper in HELPERS) and (is_tracker or process.ppid() == os.getpid())

@@ -13,7 +13,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: From the ground up.  A module may import from floors below its own only.
 FLOORS = [
-    {"errors", "policy", "_tables", "_timers", "_wire", "_payload", "_os", "_log"},
+    {"_shapes", "_words"},
+    {"errors", "policy", "_tables", "_timers", "_wire", "_unpack", "_os", "_log"},
+    {"_payload"},
     {"_events", "_retry", "_worker", "_contexts", "_side"},
     {"_records", "_launch"},
     {"_core", "_link"},
@@ -78,10 +80,10 @@ def test_the_core_is_pure(name: str) -> None:
     assert not _imports(PACKAGE / f"{name}.py", at_start_only=False) & IMPURE
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if _module(p) != "_payload"], ids=_module)
-def test_only_one_module_pickles(path: Path) -> None:
-    """What is pickled, and how, is decided in one place."""
-    assert not _imports(path, at_start_only=False) & {"pickle", "cloudpickle"}
+@pytest.mark.parametrize("path", [p for p in FILES if _module(p) not in ("_payload", "_unpack")], ids=_module)
+def test_nobody_else_pickles(path: Path) -> None:
+    """What is pickled, and how, is decided in one place at home and in one place in a worker."""
+    assert not _imports(path, at_start_only=False) & {"pickle", "_pickle", "cloudpickle"}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if _module(p) != "_os"], ids=_module)
@@ -107,4 +109,20 @@ def test_importing_safepool_loads_next_to_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     loaded = set(done.stdout.split())
     heavy = {"loky", "psutil", "tenacity", "cloudpickle", "multiprocessing", "concurrent.futures", "logging", "asyncio"}
+    assert not loaded & heavy
+
+
+def test_a_worker_starts_with_next_to_nothing(tmp_path: Path) -> None:
+    """The first result of a program waits for these imports: what only some tasks need is not among them."""
+    import subprocess
+
+    code = "import sys; before = {*sys.modules}; import safepool._worker; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60, check=True,
+                          cwd=PACKAGE.parent)  # fmt: skip
+    loaded = set(done.stdout.split())
+    heavy = {
+        "typing", "pickle", "socket", "struct", "signal", "enum", "re", "threading", "traceback", "linecache",
+        "logging", "contextlib", "dataclasses", "inspect", "weakref", "select", "multiprocessing", "concurrent",
+        "cloudpickle", "safepool.errors", "safepool._payload",
+    }  # fmt: skip
     assert not loaded & heavy

@@ -1,6 +1,7 @@
 """The operating system in a handful of verbs; nobody else asks what platform this is.
 
 * ``above_standard()``: no descriptor that is opened within is taken for a standard stream;
+* ``socket_of(fd)``: the socket behind a descriptor, as much of it as a worker needs;
 * ``open_channel() -> (ours, worker's)``: a private pair of connected sockets, kept out of forked children;
 * ``keep(socket)``, ``close(socket)``: a worker's end becomes ours too; the end of a socket of ours;
 * ``send_some(socket, buffers)``: one write, of many buffers where that is possible;
@@ -13,29 +14,30 @@
 
 from __future__ import annotations
 
+import _socket
 import os
-import select
-import signal
-import socket
 import stat
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from _thread import RLock, _local
 
-if sys.platform != "win32":
-    import fcntl
-    import termios
+# Workers load this, and wait for it: modules that only their parent uses are imported where they are used.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    import socket
+    from typing import Any
+else:
+    import _signal as signal
 
 #: What can be had here: ``pidfd`` (death is learnt from the kernel at once), ``take_back`` (tasks
-#: that a worker has not begun can be withdrawn from it), ``fork``.
+#: that a worker has not begun can be withdrawn from it), ``fork``, ``keeper`` (nothing outlives its owner).
 CAPABILITIES: frozenset[str] = frozenset(
     name
     for name, there in {
         "pidfd": hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal"),
-        "take_back": hasattr(socket, "MSG_DONTWAIT"),
+        "take_back": hasattr(_socket, "MSG_DONTWAIT"),
         "fork": hasattr(os, "fork"),
+        "keeper": sys.platform == "linux" and hasattr(os, "pidfd_open") and os.path.isdir("/proc/self/task"),
     }.items()
     if there
 )
@@ -45,6 +47,7 @@ MISSING: dict[str, str] = {
     "pidfd": "the death of a worker is noticed by asking 20 times a second, not at once",
     "take_back": "a task that was sent to a worker can no longer be cancelled, and workers get one task at a time",
     "fork": "workers are started as new interpreters",
+    "keeper": "what tasks start is not ended with them, and workers that are busy outlive a program that is killed",
 }
 
 _STANDARD = (0, 1, 2)
@@ -54,24 +57,32 @@ ASK_AGAIN_S = 0.05  # how often a death is asked for where it is not reported
 # Parent-side sockets, by descriptor.  A forked child (a worker under "fork", or a program's own
 # fork) must not keep them open: the worker at the far end would never see its parent go.
 _ours: dict[int, socket.socket] = {}
-_ours_lock = threading.RLock()
+_ours_lock = RLock()
 
 
-@contextmanager
-def above_standard() -> Iterator[None]:
+class above_standard:  # noqa: N801  (it is used as a verb)
     """Within, the descriptors 0, 1 and 2 are taken, so that nothing of ours is opened there.
 
     Scenario 1.  The program has closed its standard streams, and a worker's channel becomes descriptor 1: what
     any task prints, or a C library complains of, goes into the channel.
     """
-    fillers: list[int] = []
-    try:
-        while not all(map(_is_open, _STANDARD)):
-            fillers.append(os.open(os.devnull, os.O_RDWR))
-        yield
-    finally:
-        for fd in fillers:
+
+    def __enter__(self) -> None:
+        self._fillers: list[int] = []
+        try:
+            _fill_standard(self._fillers)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        for fd in self._fillers:
             os.close(fd)
+
+
+def _fill_standard(fillers: list[int]) -> None:
+    while not all(map(_is_open, _STANDARD)):
+        fillers.append(os.open(os.devnull, os.O_RDWR))
 
 
 def _is_open(fd: int) -> bool:
@@ -84,22 +95,28 @@ def _is_open(fd: int) -> bool:
 
 def fill_standard() -> None:
     """In a worker: what is closed of 0, 1 and 2 leads nowhere from now on."""
-    while not all(map(_is_open, _STANDARD)):
-        os.open(os.devnull, os.O_RDWR)
+    _fill_standard([])
 
 
-def moved_up(channel: socket.socket) -> socket.socket:
+def socket_of(fd: int) -> _socket.socket:
+    """The socket behind a descriptor, which is its own from now on; as much of a socket as a worker needs."""
+    return _socket.socket(fileno=fd)
+
+
+def moved_up(channel: _socket.socket) -> _socket.socket:
     """``channel``, but not where a standard stream should be."""
     if channel.fileno() not in _STANDARD:
         return channel
     with above_standard():
-        copy = channel.dup()
+        copy = socket_of(_socket.dup(channel.fileno()))
     channel.close()
     return copy
 
 
 def open_channel() -> tuple[socket.socket, socket.socket]:
     """A new pair of connected stream sockets.  Raises ``OSError`` when descriptors run out."""
+    import socket
+
     locked = _ours_lock.acquire(timeout=FORK_LIMIT_S)
     try:
         ours, theirs = socket.socketpair()
@@ -132,6 +149,12 @@ def has_room(fd: int) -> bool:
     """A few kilobytes can be written to ``fd`` at once, as far as that can be asked.  Raises ``OSError``."""
     if sys.platform == "win32":
         return True
+    try:
+        import fcntl
+        import select
+        import termios
+    except ImportError:  # no descriptor is left to load them by
+        return False
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     if not poll.poll(0):
@@ -148,10 +171,10 @@ def _let_go_in_child() -> None:
     for channel in _ours.values():
         channel.close()
     _ours.clear()
-    _ours_lock = threading.RLock()
+    _ours_lock = RLock()
 
 
-_forking = threading.local()  # ``locked``: this thread forks, and has the lock
+_forking = _local()  # ``locked``: this thread forks, and has the lock
 
 
 def _lock_for_fork() -> None:

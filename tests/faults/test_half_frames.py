@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from safepool import SafePoolExecutor, TaskTimeout, WorkerDied, _core, _os, _payload, _wire
-from safepool._launch import Launcher, WorkerProcess, default_launcher
+from safepool._launch import ContextWorker, Launcher, WorkerProcess, launcher_of
 from safepool._wire import Frame
 from safepool._worker import Setup
 from tests.faults import tasks
@@ -79,7 +79,7 @@ class Troupe:
             return self._real.launch(channel, tickets, setup)
         process = multiprocessing.get_context("fork").Process(target=self._act, args=(channel, tickets), daemon=True)
         process.start()
-        return WorkerProcess(process)
+        return ContextWorker(process)
 
     def _act(self, channel: socket.socket, tickets: socket.socket | None) -> None:
         with suppress(OSError):
@@ -300,7 +300,7 @@ def a_worker(setup: Setup) -> Iterator[tuple[WorkerProcess, socket.socket]]:
     """A real worker that is ready, and the parent's end of its channel."""
     channel, theirs = _os.open_channel()
     channel.settimeout(LIMIT_S)
-    process = default_launcher("half").launch(theirs, None, setup)
+    process = launcher_of(None, "half").launch(theirs, None, setup)
     theirs.close()
     try:
         channel.sendall(process.greeting)

@@ -18,24 +18,26 @@ import pytest
 
 import safepool
 from safepool import SafePoolExecutor, WorkerDied, _os, _payload, _wire
-from safepool._launch import ContextLauncher, Launcher, WorkerProcess, default_launcher
+from safepool._launch import ContextLauncher, Launcher, WorkerProcess, launcher_of
 from safepool._worker import Setup
+from safepool.policy import LaunchPolicy
 from tests.conftest import CONTEXTS
 from tests.pool import tasks
 from tests.support import LIMIT_S, is_gone, run_script, until
 
 LAUNCHERS = ("default", "fork", "spawn", "forkserver", "loky")
+LEAVE = LaunchPolicy(leftovers="leave")  # what is ended, and when, is the containment tests' subject
 
 
 @pytest.fixture(params=LAUNCHERS)
 def launcher(request: pytest.FixtureRequest) -> Launcher:
     if request.param == "default":
-        return default_launcher("contract")
+        return launcher_of(None, "contract", LEAVE)
     if request.param == "loky":
         from loky.backend.context import get_context
 
         return ContextLauncher(get_context("loky"), "contract")
-    return ContextLauncher(multiprocessing.get_context(request.param), "contract")
+    return launcher_of(multiprocessing.get_context(request.param), "contract", LEAVE)
 
 
 class _Started:
@@ -168,7 +170,7 @@ def test_what_cannot_be_pickled_is_told_by_the_launch() -> None:
     channel, theirs = _os.open_channel()
     try:
         with pytest.raises((TypeError, AttributeError)):
-            default_launcher("contract").launch(theirs, None, Setup(abs, (threading.Lock(),)))
+            launcher_of(None, "contract").launch(theirs, None, Setup(abs, (threading.Lock(),)))
     finally:
         theirs.close()
         _os.close(channel)
@@ -206,10 +208,11 @@ def test_capabilities_say_what_is_not_guaranteed() -> None:
 
 BARE = """
 import sys, os, multiprocessing.util, concurrent.futures.process, selectors, select, signal, socket
+import _signal, _socket
 from loky.backend import context
 
 del os.fork, os.register_at_fork, os.pidfd_open, os.WNOHANG
-del signal.pidfd_send_signal, socket.MSG_DONTWAIT, select.poll
+del signal.pidfd_send_signal, socket.MSG_DONTWAIT, select.poll, _signal.pidfd_send_signal, _socket.MSG_DONTWAIT
 sys.platform = "win32"
 sys.modules["fcntl"] = sys.modules["termios"] = None
 import safepool
@@ -233,10 +236,10 @@ def poor_platform(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("poor_platform")
-@pytest.mark.parametrize("method", ["forkserver", "fork"])
-def test_the_pool_works_without_pidfd_and_tickets(method: str) -> None:
+@pytest.mark.parametrize("method", [None, "forkserver", "fork"])
+def test_the_pool_works_without_keeper_pidfd_and_tickets(method: str | None) -> None:
     """Deaths are found by asking, tasks go out one at a time, and every promise but the speed holds."""
-    with SafePoolExecutor(2, multiprocessing.get_context(method)) as executor:
+    with SafePoolExecutor(2, method and multiprocessing.get_context(method)) as executor:
         assert list(executor.map(abs, range(-50, 0))) == list(range(50, 0, -1))
         victim = executor.submit(os._exit, 7)
         others = [executor.submit(tasks.nap, 0.01, n) for n in range(10)]

@@ -1,0 +1,368 @@
+"""The user's side of the keeper: started on first use, asked for workers, replaced when it dies.
+
+One keeper serves all pools of a process.  What it has to say of a worker comes on a channel of that worker's own, so
+nobody reads for others.
+"""
+
+from __future__ import annotations
+
+import marshal
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+from multiprocessing import process as mp_process
+from multiprocessing import util
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from . import _os, _sweeping, _tags
+from ._keeper import MOST_BYTES, MOST_FDS, receive
+from ._newborn import BACK
+from ._os import linux
+
+if TYPE_CHECKING:
+    from .policy import Isolation, LaunchPolicy
+
+ANSWER_LIMIT_S = 10.0  # for a worker to be forked
+END_LIMIT_S = 0.2  # from the closing of its channels to its end
+LOCK_LIMIT_S = 30.0
+SWEEP_LIMIT_S = 3.0  # for what a dead keeper has left
+JOIN_SLICE_S = 0.5
+KILLED = -signal.SIGKILL
+
+
+class Unfit(Exception):
+    """Modules that were to be preloaded cannot be forked safely; it says why."""
+
+
+class KeptProcess:
+    """A worker, with the face of a ``multiprocessing.Process``: this is what ``_processes`` shows."""
+
+    daemon = False
+
+    def __init__(self, name: str, pid: int, pidfd: int | None, status: socket.socket, keeper: Keeper) -> None:
+        self.name = name
+        self.pid = self.ident = pid
+        self.peak_bytes: int | None = None
+        self.leftovers: list[tuple[int, str, bool]] = []
+        self._pidfd = pidfd
+        self._status: socket.socket | None = status
+        self._keeper = keeper
+        self._exitcode: int | None = None
+        self._lock = threading.Lock()  # held for a few lines only
+
+    @property
+    def exitcode(self) -> int | None:
+        """None: it lives, or its family is being ended."""
+        with self._lock:
+            if self._status is not None:
+                self._read_status(self._status)
+            return self._exitcode
+
+    def _read_status(self, status: socket.socket) -> None:
+        if not select.select([status], [], [], 0)[0]:
+            return
+        data, _ = receive(status)
+        if data:
+            _, code, peak_kib, self.leftovers = marshal.loads(data)
+            self._exitcode = os.waitstatus_to_exitcode(code)
+            self.peak_bytes = peak_kib * 1024
+        else:
+            # The keeper has ended, and the worker with it.
+            self._exitcode = KILLED
+            self._keeper.has_ended()
+        _os.close(status)
+        self._status = None
+
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that is readable when it is dead."""
+        if self._pidfd is None:
+            raise ValueError("process not started, or gone")
+        return self._pidfd
+
+    def fileno(self) -> int | None:
+        return self._pidfd
+
+    @property
+    def authkey(self) -> bytes:
+        return mp_process.current_process().authkey
+
+    def is_alive(self) -> bool:
+        with self._lock:
+            return self._pidfd is not None and not _is_readable(self._pidfd, 0)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until it is dead, for at most ``timeout`` seconds."""
+        end = None if timeout is None else monotonic() + timeout
+        while self.is_alive() and (end is None or monotonic() < end):
+            with self._lock:
+                fd = None if self._pidfd is None else os.dup(self._pidfd)
+            if fd is not None:
+                try:
+                    _is_readable(fd, JOIN_SLICE_S if end is None else max(0.0, min(JOIN_SLICE_S, end - monotonic())))
+                finally:
+                    os.close(fd)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def send_signal(self, number: int) -> None:
+        with self._lock, suppress(ProcessLookupError):
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> None:
+        """Nothing to do: its descriptors are given back when it is dead."""
+
+    def release(self) -> None:
+        with self._lock:
+            if self._pidfd is not None:
+                os.close(self._pidfd)
+                self._pidfd = None
+            if self._status is not None:
+                _os.close(self._status)
+                self._status = None
+
+    def __repr__(self) -> str:
+        return f"<KeptProcess {self.name!r} pid {self.pid} exitcode={self._exitcode}>"
+
+
+def _is_readable(fd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1e3))
+
+
+class Keeper:
+    """One sidecar, from its start to its end."""
+
+    def __init__(self, isolation: Isolation) -> None:
+        """Start it.  Raises ``OSError``."""
+        self._isolation = isolation
+        self._user = os.geteuid(), os.getegid()
+        self._silent = 0  # launches in a row that were not answered
+        self._number = _tags.fresh(os.urandom(8), *reversed(linux.own_tag())) or 0
+        self._swept = threading.Event()
+        self._lock = threading.Lock()
+        self._is_swept_by_somebody = False
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = _os.keep(control)
+        self._control.settimeout(ANSWER_LIMIT_S)
+        try:
+            self.pid = self._spawn(theirs)
+            self._pidfd = os.pidfd_open(self.pid)
+        except BaseException:
+            _os.close(self._control)
+            raise
+        finally:
+            theirs.close()
+
+    def _spawn(self, theirs: socket.socket) -> int:
+        number = 3 if theirs.fileno() != 3 else 4  # (onto itself, it would still be closed at exec)
+        command = [*_interpreter(), "-c", f"{BACK}from safepool._keeper import main; main(*map(int, sys.argv[2:5]))"]
+        words = [_home(), str(number), str(os.getpid()), str(self._number), "safepool-keeper"]
+        actions = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), number)]
+        return os.posix_spawn(command[0], [*command, *words], os.environ, file_actions=actions, setsigmask=[])
+
+    def is_usable(self) -> bool:
+        """It lives, and is the user's whom this process is now."""
+        return not _is_readable(self._pidfd, 0) and self._user == (os.geteuid(), os.getegid())
+
+    def launch(
+        self, told: dict[str, Any], key: str, preload: Any, *, leave: bool, named: dict[str, int], more: list[int]
+    ) -> KeptProcess:
+        """Have a worker forked.  ``named`` and ``more`` are descriptors for it.
+
+        Raises ``OSError`` when there is none, and ``Unfit``.
+        """
+        status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _os.keep(status)
+        try:
+            body = marshal.dumps({**told, "fds": tuple(named)})
+            self._send((told["number"], key, preload, leave, body), [theirs.fileno(), *named.values(), *more])
+            theirs.close()
+            return self._started(told["name"], status, key)
+        except BaseException:
+            theirs.close()
+            _os.close(status)
+            raise
+
+    def _send(self, words: tuple[Any, ...], fds: list[int]) -> None:
+        data = marshal.dumps(words)
+        if len(data) > MOST_BYTES or len(fds) > MOST_FDS:
+            raise ValueError(f"a worker cannot be started with {len(data)} bytes and {len(fds)} descriptors to tell it")
+        socket.send_fds(self._control, [data], fds)
+
+    def _started(self, name: str, status: socket.socket, key: str) -> KeptProcess:
+        if not _is_readable(status.fileno(), ANSWER_LIMIT_S):
+            self._wake_up(key)
+            raise TimeoutError(f"keeper {self.pid} has forked no worker within {ANSWER_LIMIT_S:g} s; it is asked again")
+        data, fds = receive(status)
+        if not data:
+            self.has_ended()
+            raise ConnectionError(f"keeper {self.pid} has ended; there will be another one")
+        self._silent = 0
+        word, what = marshal.loads(data)
+        if word == "unfit":
+            raise Unfit(what)
+        if word != "started":
+            raise OSError(what)
+        return KeptProcess(name, what, fds[0] if fds else None, status, self)
+
+    def _wake_up(self, key: str) -> None:
+        """Somebody has stopped it, or its zygote."""
+        self._silent += 1
+        with suppress(OSError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGCONT if self._silent == 1 else signal.SIGKILL)
+            self._send((0, key), [])
+
+    def has_ended(self) -> None:
+        """End what it has left, on a thread of its own: only once, whoever notices first."""
+        with self._lock:
+            if self._is_swept_by_somebody or not _is_readable(self._pidfd, END_LIMIT_S):
+                return
+            self._is_swept_by_somebody = True
+        try:
+            threading.Thread(target=self._sweep, name="safepool-sweep", daemon=True).start()
+        except RuntimeError:  # the interpreter is exiting
+            self._sweep()
+
+    def _sweep(self) -> None:
+        try:
+            if self._number:
+                _sweeping.end_family(self._number, SWEEP_LIMIT_S)
+            with suppress(ChildProcessError):
+                os.waitpid(self.pid, os.WNOHANG)
+        finally:
+            self._swept.set()
+
+    def close(self) -> None:
+        """It has ended: wait for what it left to be ended, and give back the descriptors."""
+        self.has_ended()
+        self._swept.wait(SWEEP_LIMIT_S)
+        self.let_go()
+
+    def let_go(self) -> None:
+        _os.close(self._control)
+        os.close(self._pidfd)
+
+
+def _interpreter() -> list[str]:
+    spawn = sys.modules.get("multiprocessing.spawn")
+    executable = sys.executable if spawn is None else spawn.get_executable()
+    return [os.fsdecode(executable), *util._args_from_interpreter_flags()]  # type: ignore[attr-defined]
+
+
+def _home() -> str:
+    """The directory that the package is in."""
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+# ------------------------------------------------------------- for this process
+
+_keepers: dict[Isolation, Keeper] = {}
+_lock = threading.Lock()
+_launches = 0
+
+
+def keeper_pids() -> set[int]:
+    return {keeper.pid for keeper in tuple(_keepers.values())}
+
+
+def keeper_pid() -> int | None:
+    """That of pools without isolation; None if there is none yet."""
+    keeper = _keepers.get(None)
+    return None if keeper is None else keeper.pid
+
+
+def _keeper(isolation: Isolation) -> Keeper:
+    if not _lock.acquire(timeout=LOCK_LIMIT_S):
+        raise TimeoutError("another thread has been starting a keeper for too long")
+    try:
+        keeper = _keepers.get(isolation)
+        if keeper is not None and not keeper.is_usable():
+            del _keepers[isolation]
+            if _is_readable(keeper._pidfd, 0):
+                keeper.close()
+            # (Else its workers go on; it ends with this process.)
+            keeper = None
+        if keeper is None:
+            keeper = _keepers[isolation] = Keeper(isolation)
+            _start_tracker()
+        return keeper
+    finally:
+        _lock.release()
+
+
+def _start_tracker() -> None:
+    """multiprocessing's, while the keeper starts: shared memory must have one for the user and all workers.
+
+    A worker with one of its own would take the segments of others with it when it ends.
+    """
+    from multiprocessing import resource_tracker
+
+    with suppress(OSError, RuntimeError):
+        resource_tracker.ensure_running()
+
+
+def launch(
+    name: str, policy: LaunchPolicy, *, fresh: bool, named: dict[str, int], more: list[int]
+) -> KeptProcess:
+    """Start a worker called ``name``.  ``fresh``: in a new interpreter.  Raises ``OSError``."""
+    global _launches
+    keeper = _keeper(policy.isolation)
+    with _lock:
+        _launches += 1
+        number = _launches
+    for stream, fd in (("out", 1), ("err", 2)):
+        with suppress(OSError):
+            os.fstat(fd)
+            named[stream] = fd
+    tracker = sys.modules.get("multiprocessing.resource_tracker")
+    if tracker is not None and tracker._resource_tracker._fd is not None:
+        named["tracker"] = tracker._resource_tracker._fd
+    me = mp_process.current_process()
+    told = {
+        "number": number,
+        "name": name,
+        "fresh": fresh,
+        "interpreter": _interpreter(),
+        "home": _home(),
+        "path": [entry for entry in sys.path if isinstance(entry, str)],
+        "argv": list(map(str, getattr(sys, "argv", ()))),
+        "cwd": _cwd(),
+        "method": multiprocessing.get_start_method(allow_none=True),
+        "parent": os.getpid(),
+        "parent_name": me.name,
+        "authkey": bytes(me.authkey),
+        "leftovers": policy.leftovers,
+    }
+    return keeper.launch(told, "", (), leave=policy.leftovers == "leave", named=named, more=more)
+
+
+def _cwd() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return "/"
+
+
+def _let_go_in_child() -> None:
+    """A forked child has no keeper yet; ours ends with us, not with it."""
+    global _lock
+    for keeper in _keepers.values():
+        os.close(keeper._pidfd)
+    _keepers.clear()
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

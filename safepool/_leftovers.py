@@ -1,0 +1,148 @@
+"""In a worker: what a task leaves behind, found when it ends, at no cost if there is nothing.
+
+A task cannot have made a process without one of these: this worker has a child, dead or alive; or it has waited for
+one since the last look; or it ignores the deaths of its children.  Two system calls tell, and none are made after
+tasks that were too short to make a process at all.
+
+Own children are ended here; what has lost its parent is the keeper's, which is asked to end it.
+"""
+
+from __future__ import annotations
+
+import marshal
+import os
+import resource
+import sys
+from time import monotonic, sleep
+
+import _signal
+
+from . import _tags
+from ._os import linux
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+
+    Leftover = tuple[int, str, bool]  # pid, command line, is it gone
+
+SHORTEST_FORK_S = 50e-6
+END_LIMIT_S = 1.0
+LOOK_AGAIN_S = 0.001
+ANSWER_LIMIT_S = 5.0
+MOST_BYTES = 1 << 17
+#: Processes that a module starts once and expects to stay: (module, object in it, its attribute with the pid).
+HELPERS = (
+    ("multiprocessing.resource_tracker", "_resource_tracker", "_pid"),
+    ("multiprocessing.forkserver", "_forkserver", "_forkserver_pid"),
+    ("loky.backend.resource_tracker", "_resource_tracker", "_pid"),
+    ("joblib.externals.loky.backend.resource_tracker", "_resource_tracker", "_pid"),
+)
+
+
+class Leftovers:
+    """``policy``: "kill" what a task leaves, only "report" it, or "leave" it alone."""
+
+    def __init__(self, keeper: _socket.socket, policy: str) -> None:
+        self._keeper = keeper
+        self._policy = policy
+        self._spared: set[int] = set()
+        self._waited_for = _waited_for()
+        keeper.settimeout(ANSWER_LIMIT_S)
+
+    def spare(self) -> None:
+        """What the initializer started stays until the worker ends."""
+        if self._are_possible():
+            self._spared.update(linux.children())
+            self._ask("spare")
+
+    def look(self, run_s: float) -> list[Leftover]:
+        """What the task left that has just run for ``run_s`` seconds; with "kill" it is gone when this returns."""
+        if run_s < SHORTEST_FORK_S or self._policy == "leave" or not self._are_possible():
+            return []
+        found: list[Leftover] = []
+        own = [pid for pid in linux.children() if pid not in self._spared and pid not in _helpers()]
+        if self._policy == "report":
+            found += [(pid, linux.words_of(pid), False) for pid in own if not linux.is_zombie(pid)]
+            self._spared.update(own)
+        else:
+            found += _end(own)
+        found += self._ask("sweep" if self._policy == "kill" else "look")
+        self._waited_for = _waited_for()
+        return found
+
+    def close(self) -> None:
+        self._keeper.close()
+
+    def _are_possible(self) -> bool:
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return self._waited_for != _waited_for() or _signal.getsignal(_signal.SIGCHLD) == _signal.SIG_IGN
+        return True
+
+    def _ask(self, word: str) -> list[Leftover]:
+        try:
+            self._keeper.send(word.encode())
+            found: list[Leftover] = marshal.loads(self._keeper.recv(MOST_BYTES))
+            return found
+        except (OSError, EOFError, ValueError):
+            return []  # it has ended, and so will this worker
+
+
+def _waited_for() -> int:
+    """A number that grows with every child that was waited for."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
+
+
+def _helpers() -> set[int]:
+    found = set()
+    for module, thing, attribute in HELPERS:
+        pid = getattr(getattr(sys.modules.get(module), thing, None), attribute, None)
+        if pid is not None:
+            found.add(pid)
+    keep = sys.modules.get(f"{__package__}._keep")
+    return found if keep is None else found | keep.keeper_pids()
+
+
+def _end(pids: list[int]) -> list[Leftover]:
+    """Kill these children and wait for them, for a limited time."""
+    found = []
+    for pid in pids:
+        gone = True
+        if not linux.is_zombie(pid):
+            tag = linux.tag_of(pid)
+            if tag is not None and tag[0] == _tags.LEFT_ON_PURPOSE:
+                continue
+            words = linux.words_of(pid)
+            gone = _kill_child(pid)
+            found.append((pid, words, gone))
+        if gone:
+            _wait_for(pid)
+    return found
+
+
+def _kill_child(pid: int) -> bool:
+    """False: it is another user's by now.  (A thread that the task left may wait for it meanwhile: no bare pid.)"""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        if linux.parent_of(pid) == os.getpid():
+            linux.send_kill(pidfd)
+    except PermissionError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
+
+
+def _wait_for(pid: int) -> None:
+    end = monotonic() + END_LIMIT_S
+    try:
+        while os.waitpid(pid, os.WNOHANG)[0] == 0 and monotonic() < end:
+            sleep(LOOK_AGAIN_S)
+    except ChildProcessError:
+        pass  # somebody else did
+

@@ -1,0 +1,97 @@
+"""Forks workers from a loaded, single-threaded state; what is forked becomes a child of the keeper.
+
+It serves one launch at a time: ``(number, family, body)`` with descriptors comes, ``("forked", pid)``,
+``("failed", why)`` or ``("unfit", why)`` goes.  Unfit is a zygote whose ``preload`` cannot be forked safely: that
+started a thread or a process, opened a descriptor, or raised.
+"""
+
+from __future__ import annotations
+
+import gc
+import marshal
+import os
+import sys
+from importlib import import_module
+
+from . import _newborn, _worker
+from ._keeper import receive
+from ._os import linux
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+
+    Preload = tuple[list[str], tuple[str, ...]] | tuple[()]
+
+PID_BYTES = 4
+
+
+def serve(channel: _socket.socket, preload: Preload, keeper: int) -> None:
+    """Until the keeper lets go of ``channel``."""
+    unfit = _load(*preload) if preload else ""
+    first = True
+    gc.freeze()
+    while True:
+        data, fds = receive(channel)
+        if not data:
+            return
+        if unfit:
+            channel.send(marshal.dumps(("unfit", unfit)))
+        else:
+            _fork_worker(channel, data, fds, keeper)
+        for fd in fds:
+            os.close(fd)
+        if first:
+            first = False
+            _worker.complete()  # the first worker does not wait for what only later tasks, and errors, need
+            gc.freeze()
+
+
+def _load(path: list[str], names: tuple[str, ...]) -> str:
+    """Import these modules; in words why a fork would not be safe now, if so."""
+    threads, opened = linux.threads(), len(os.listdir("/proc/self/fd"))
+    sys.path[:] = path
+    for name in names:
+        try:
+            import_module(name)
+        except BaseException as error:
+            return f"importing {name!r} raised {type(error).__name__}: {error}"
+        if linux.threads() > threads:
+            return f"{name!r} started a thread when it was imported"
+        if len(os.listdir("/proc/self/fd")) > opened:
+            return f"{name!r} opened a file or a socket when it was imported"
+        if linux.children():
+            return f"{name!r} started a process when it was imported"
+    return ""
+
+
+def _fork_worker(channel: _socket.socket, data: bytes, fds: list[int], keeper: int) -> None:
+    """Through a child that ends at once, so that the keeper, which adopts orphans, becomes the worker's parent."""
+    read, write = os.pipe()
+    try:
+        between = os.fork()
+        if between == 0:
+            _go_between(write, data, fds, keeper)
+        os.waitpid(between, 0)
+        os.set_blocking(read, False)
+        pid = int.from_bytes(os.read(read, PID_BYTES), sys.byteorder)
+        answer = ("forked", pid) if pid else ("failed", "the system refused to fork")
+    except BlockingIOError:
+        answer = ("failed", "the system refused to fork")
+    except OSError as error:
+        answer = ("failed", f"the system refused to fork: {error}")
+    finally:
+        os.close(read)
+        os.close(write)
+    channel.send(marshal.dumps(answer))
+
+
+def _go_between(write: int, data: bytes, fds: list[int], keeper: int) -> None:
+    """Never returns, neither here nor in the worker."""
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _newborn.live(*marshal.loads(data), fds, keeper)
+        os.write(write, pid.to_bytes(PID_BYTES, sys.byteorder))
+    finally:
+        os._exit(0)

@@ -1,0 +1,162 @@
+"""A worker that has loaded next to nothing yet answers all the same, whatever its first task does to it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safepool import _payload, _wire
+from safepool._wire import Frame
+from safepool._worker import Setup
+from tests.support import LIMIT_S
+
+ROOT = Path(__file__).parents[2]
+BE_A_WORKER = "import sys; from safepool import _os, _worker; _worker.main(_os.socket_of(int(sys.argv[1])), None)"
+LOADED = "sorted(__import__('sys').modules)"
+USE_UP_DESCRIPTORS = """
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+try:
+    while True:
+        os.dup(1)
+except OSError:
+    pass
+"""
+LOSE_MODULES = "import sys; sys.path.clear(); sys.path_importer_cache.clear(); sys.meta_path.clear()"
+RAISE = "\nraise ValueError('words')"
+
+
+class LeanWorker:
+    """One in a fresh interpreter that has imported ``_worker`` alone, as the first worker of a program."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._channel, theirs = socket.socketpair()
+        self._channel.settimeout(LIMIT_S)
+        with theirs:
+            command = [sys.executable, "-c", BE_A_WORKER, str(theirs.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT)
+        self._reader = _wire.FrameReader()
+        self._frames: list[Frame] = []
+        self._calls = 0
+        self._channel.sendall(_wire.encode(Frame(_wire.SETUP, body=_payload.dumps((dict(os.environ), setup)))))
+        assert [self._hear().kind for _ in range(2)] == [_wire.BOOTED, _wire.READY]
+
+    def _hear(self) -> Frame:
+        while not self._frames:
+            assert self._reader.read_from(self._channel), "it is gone"
+            self._frames.extend(self._reader)
+        return self._frames.pop(0)
+
+    def send(self, fn: Any, *args: Any) -> None:
+        self._calls += 1
+        payload = _payload.dumps_call(fn, args, {})
+        self._channel.sendall(b"".join(_wire.encode_call(self._calls, payload.data, payload.function)))
+
+    def answer(self) -> Frame:
+        """Of one task whose beginning is told by a frame of its own."""
+        assert self._hear().kind == _wire.BEGAN
+        return self._hear()
+
+    def call(self, fn: Any, *args: Any) -> Frame:
+        self.send(fn, *args)
+        return self.answer()
+
+    def end(self) -> None:
+        self._channel.close()
+        assert self.process.wait(LIMIT_S) == 0
+
+
+@pytest.fixture
+def lean() -> Iterator[Callable[..., LeanWorker]]:
+    made: list[LeanWorker] = []
+
+    def make(*setup: Any) -> LeanWorker:
+        made.append(LeanWorker(Setup(*setup)))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.end()
+
+
+def test_it_loads_the_rest_after_its_first_answer(lean: Callable[..., LeanWorker]) -> None:
+    """The first task finds nothing that only errors need; before the second one it is there, even if that waits."""
+    worker = lean()
+    worker.send(eval, LOADED)
+    worker.send(eval, LOADED)
+    first, second = worker.answer(), worker.answer()
+    assert first.begins == 0
+    assert not {"traceback", "logging", "multiprocessing", "safepool.errors"} & {*pickle.loads(first.body)}
+    assert {"traceback", "logging", "multiprocessing", "safepool.errors"} <= {*pickle.loads(second.body)}
+
+
+def test_it_loads_the_rest_before_an_initializer(lean: Callable[..., LeanWorker]) -> None:
+    """An initializer may take all descriptors too."""
+    answer = lean(exec, (USE_UP_DESCRIPTORS,)).call(exec, RAISE)
+    assert repr(pickle.loads(answer.body)) == "ValueError('words')"
+    assert b"Traceback" in answer.text
+    assert b"_worker.py" in answer.text
+
+
+@pytest.mark.parametrize("loss", [USE_UP_DESCRIPTORS, LOSE_MODULES], ids=["descriptors", "modules"])
+def test_the_first_task_can_load_nothing_and_raises(lean: Callable[..., LeanWorker], loss: str) -> None:
+    """Its error and the places where it came from are told; so are those of the next one."""
+    worker = lean()
+    for code in (loss + RAISE, RAISE):
+        answer = worker.call(exec, code)
+        assert answer.kind == _wire.RAISED
+        assert repr(pickle.loads(answer.body)) == "ValueError('words')"
+        assert answer.text.startswith(b"Traceback (most recent call last):\n")
+        assert b'File "<string>", line' in answer.text
+        assert answer.text.endswith(b"ValueError: words\n")
+    assert pickle.loads(worker.call(pow, 2, 3).body) == 8
+
+
+class Lossy:
+    """Unpickling it costs the worker what ``code`` takes."""
+
+    def __init__(self, code: str) -> None:
+        self._code = code
+
+    def __reduce__(self) -> Any:
+        return exec, (self._code,)
+
+
+def test_the_first_call_cannot_be_unpickled(lean: Callable[..., LeanWorker]) -> None:
+    """It is told as ever."""
+    answer = lean().call(abs, Lossy(RAISE))
+    assert type(pickle.loads(answer.body)).__name__ == "TaskUnreadable"
+    assert b"ValueError: words" in answer.text
+
+
+@pytest.mark.parametrize("loss", [USE_UP_DESCRIPTORS, LOSE_MODULES], ids=["descriptors", "modules"])
+def test_the_first_call_cannot_be_unpickled_and_nothing_loaded(lean: Callable[..., LeanWorker], loss: str) -> None:
+    """What unpickling raised is told, for want of the class that says so."""
+    worker = lean()
+    answer = worker.call(abs, Lossy(loss + RAISE))
+    assert answer.kind == _wire.RAISED
+    assert repr(pickle.loads(answer.body)) == "ValueError('words')"
+    assert b"ValueError: words" in answer.text
+    assert pickle.loads(worker.call(pow, 2, 3).body) == 8
+
+
+@pytest.mark.parametrize("code", ["lambda: 5", "__import__('socket').socket()"], ids=["lambda", "socket"])
+def test_a_first_result_that_is_not_pickled_by_the_plain_pickler(lean: Callable[..., LeanWorker], code: str) -> None:
+    """By value, or with multiprocessing's reducers: loaded when it is needed."""
+    assert lean().call(eval, code).kind == _wire.RETURNED
+
+
+def test_a_first_result_that_cannot_be_pickled(lean: Callable[..., LeanWorker]) -> None:
+    """The refusal is told, also if nothing can be loaded for a better try."""
+    for loss in ("0", f"exec({LOSE_MODULES!r})"):
+        answer = lean().call(eval, f"[{loss}, __import__('_thread').allocate_lock()]")
+        assert answer.kind == _wire.RAISED
+        assert "cannot pickle '_thread.lock'" in str(pickle.loads(answer.body))
