@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .errors import WorkerStartError as WorkerStartError
     from .executor import SafePoolExecutor as SafePoolExecutor
     from .future import SafeFuture as SafeFuture
+    from .leaving import Leftover as Leftover
+    from .leaving import leave_running as leave_running
     from .patching import patch as patch
     from .policy import Retry as Retry
     from .waiting import as_completed as as_completed
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "CAPABILITIES": "_os",
     "Attempt": "errors",
+    "Leftover": "leaving",
     "PoisonTask": "errors",
     "PoolBroken": "errors",
     "PoolTerminated": "errors",
@@ -47,6 +50,7 @@ _PLACES = {
     "WorkerDied": "errors",
     "WorkerStartError": "errors",
     "as_completed": "waiting",
+    "leave_running": "leaving",
     "patch": "patching",
     "wait": "waiting",
 }

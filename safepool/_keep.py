@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _os, _sweeping, _tags
 from ._keeper import MOST_BYTES, MOST_FDS, receive
+from ._log import WARNING, tell
 from ._newborn import BACK
 from ._os import linux
 
@@ -29,15 +30,12 @@ if TYPE_CHECKING:
     from .policy import Isolation, LaunchPolicy
 
 ANSWER_LIMIT_S = 10.0  # for a worker to be forked
+PRELOAD_LIMIT_S = 45.0  # the same, when modules are to be imported first
 END_LIMIT_S = 0.2  # from the closing of its channels to its end
 LOCK_LIMIT_S = 30.0
 SWEEP_LIMIT_S = 3.0  # for what a dead keeper has left
 JOIN_SLICE_S = 0.5
 KILLED = -signal.SIGKILL
-
-
-class Unfit(Exception):
-    """Modules that were to be preloaded cannot be forked safely; it says why."""
 
 
 class KeptProcess:
@@ -146,7 +144,7 @@ class Keeper:
     """One sidecar, from its start to its end."""
 
     def __init__(self, isolation: Isolation) -> None:
-        """Start it.  Raises ``OSError``."""
+        """Start it.  Raises ``OSError``, and ``RuntimeError`` if it cannot be isolated as asked."""
         self._isolation = isolation
         self._user = os.geteuid(), os.getegid()
         self._silent = 0  # launches in a row that were not answered
@@ -165,11 +163,27 @@ class Keeper:
             raise
         finally:
             theirs.close()
+        if isolation is not None:
+            self._await_isolation()
+
+    def _await_isolation(self) -> None:
+        if _is_readable(self._control.fileno(), ANSWER_LIMIT_S):
+            data, _ = receive(self._control)
+            word, *why = marshal.loads(data) if data else ("refused", "its keeper ended at once")
+            if word == "isolated":
+                return
+        else:
+            why = [f"its keeper did not answer within {ANSWER_LIMIT_S:g} s"]
+        self.let_go()
+        raise RuntimeError(
+            f"isolation={self._isolation!r} cannot be had here: {why[0]}. It needs the right to make a Linux process "
+            "namespace: root, or user namespaces for everybody; without isolation= the keeper needs no rights"
+        )
 
     def _spawn(self, theirs: socket.socket) -> int:
         number = 3 if theirs.fileno() != 3 else 4  # (onto itself, it would still be closed at exec)
-        command = [*_interpreter(), "-c", f"{BACK}from safepool._keeper import main; main(*map(int, sys.argv[2:5]))"]
-        words = [_home(), str(number), str(os.getpid()), str(self._number), "safepool-keeper"]
+        command = [*_interpreter(), "-c", f"{BACK}from safepool._keeper import main; main(*map(int, sys.argv[2:6]))"]
+        words = [_home(), str(number), str(os.getpid()), str(self._number), str(int(self._isolation is not None))]
         actions = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), number)]
         return os.posix_spawn(command[0], [*command, *words], os.environ, file_actions=actions, setsigmask=[])
 
@@ -180,15 +194,12 @@ class Keeper:
     def launch(
         self, told: dict[str, Any], key: str, preload: Any, *, leave: bool, named: dict[str, int], more: list[int]
     ) -> KeptProcess:
-        """Have a worker forked.  ``named`` and ``more`` are descriptors for it.
-
-        Raises ``OSError`` when there is none, and ``Unfit``.
-        """
+        """Have a worker forked.  ``named`` and ``more`` are descriptors for it.  Raises ``OSError`` when there is none."""
         status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _os.keep(status)
         try:
             body = marshal.dumps({**told, "fds": tuple(named)})
-            self._send((told["number"], key, preload, leave, body), [theirs.fileno(), *named.values(), *more])
+            self._send(("launch", key, preload, leave, told["number"], body), [theirs.fileno(), *named.values(), *more])
             theirs.close()
             return self._started(told["name"], status, key)
         except BaseException:
@@ -203,27 +214,32 @@ class Keeper:
         socket.send_fds(self._control, [data], fds)
 
     def _started(self, name: str, status: socket.socket, key: str) -> KeptProcess:
-        if not _is_readable(status.fileno(), ANSWER_LIMIT_S):
-            self._wake_up(key)
-            raise TimeoutError(f"keeper {self.pid} has forked no worker within {ANSWER_LIMIT_S:g} s; it is asked again")
-        data, fds = receive(status)
-        if not data:
-            self.has_ended()
-            raise ConnectionError(f"keeper {self.pid} has ended; there will be another one")
+        limit_s = PRELOAD_LIMIT_S if key else ANSWER_LIMIT_S
+        word = "note"
+        while word == "note":
+            if not _is_readable(status.fileno(), limit_s):
+                self._wake_up(key)
+                raise TimeoutError(f"keeper {self.pid} has forked no worker within {limit_s:g} s; it is asked again")
+            data, fds = receive(status)
+            if not data:
+                self.has_ended()
+                raise ConnectionError(f"keeper {self.pid} has ended, or is short of something; it is asked again")
+            word, what = marshal.loads(data)
+            if word == "note":
+                args = WARNING, "safepool: modules are not preloaded, workers import them themselves: %s", what
+                threading.Thread(target=tell, args=args, daemon=True).start()
         self._silent = 0
-        word, what = marshal.loads(data)
-        if word == "unfit":
-            raise Unfit(what)
         if word != "started":
             raise OSError(what)
-        return KeptProcess(name, what, fds[0] if fds else None, status, self)
+        pid = _pid_here(fds[0]) if self._isolation is not None and fds else what
+        return KeptProcess(name, pid, fds[0] if fds else None, status, self)
 
     def _wake_up(self, key: str) -> None:
         """Somebody has stopped it, or its zygote."""
         self._silent += 1
         with suppress(OSError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGCONT if self._silent == 1 else signal.SIGKILL)
-            self._send((0, key), [])
+            self._send(("replace", key), [])
 
     def has_ended(self) -> None:
         """End what it has left, on a thread of its own: only once, whoever notices first."""
@@ -254,6 +270,12 @@ class Keeper:
     def let_go(self) -> None:
         _os.close(self._control)
         os.close(self._pidfd)
+
+
+def _pid_here(pidfd: int) -> int:
+    """Of a process in another namespace."""
+    with open(f"/proc/self/fdinfo/{pidfd}") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
 
 
 def _interpreter() -> list[str]:
@@ -345,8 +367,14 @@ def launch(
         "parent_name": me.name,
         "authkey": bytes(me.authkey),
         "leftovers": policy.leftovers,
+        "isolated": policy.isolation is not None,
     }
-    return keeper.launch(told, "", (), leave=policy.leftovers == "leave", named=named, more=more)
+    key, preload = "", None
+    if policy.preload:
+        environ = dict(os.environ)
+        key = f"{','.join(policy.preload)} {hash(tuple(environ.items()))}"
+        preload = told["path"], environ, policy.preload
+    return keeper.launch(told, key, preload, leave=policy.leftovers == "leave", named=named, more=more)
 
 
 def _cwd() -> str:
@@ -366,3 +394,8 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def require(isolation: Isolation) -> None:
+    """Start the keeper of isolated pools.  Raises ``RuntimeError`` or ``OSError`` if it cannot be had."""
+    _keeper(isolation)

@@ -285,6 +285,10 @@ def launcher_of(context: Any, name: str, policy: LaunchPolicy = PLAIN) -> Contex
     if context is None or _contexts.is_stock(context):
         method = "forkserver" if context is None else context.get_start_method(allow_none=False)
         if method != "fork" and "keeper" in _os.CAPABILITIES:
+            if policy.isolation is not None:
+                from . import _keep
+
+                _keep.require(policy.isolation)
             return KeeperLauncher(method, name, policy)
     if policy.isolation is not None:
         raise ValueError(f"isolation={policy.isolation!r} needs Linux, and a start method other than fork")

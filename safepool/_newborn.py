@@ -165,10 +165,7 @@ def _own_names(told: dict[str, Any], named: dict[str, int], inherited: list[int]
         me._parent_pid = told["parent"]
         me._parent_name = told["parent_name"]
         me.authkey = told["authkey"]
-        try:
-            sentinel = os.pidfd_open(told["parent"])
-        except OSError:  # out of its sight, in a namespace
-            sentinel = None
+        sentinel = None if told["isolated"] else os.pidfd_open(told["parent"])  # (a namespace has pids of its own)
         module._current_process = me
         module._parent_process = module._ParentProcess(told["parent_name"], told["parent"], sentinel)
         module._process_counter = itertools.count(1)

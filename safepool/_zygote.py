@@ -1,8 +1,8 @@
 """Forks workers from a loaded, single-threaded state; what is forked becomes a child of the keeper.
 
 It serves one launch at a time: ``(number, family, body)`` with descriptors comes, ``("forked", pid)``,
-``("failed", why)`` or ``("unfit", why)`` goes.  Unfit is a zygote whose ``preload`` cannot be forked safely: that
-started a thread or a process, opened a descriptor, or raised.
+or ``("failed", why)``, goes.  One with a ``preload`` says ``("loaded", "")`` first, or ``("unfit", why)`` if it cannot
+be forked safely: the import started a thread or a process, opened a descriptor, or raised.
 """
 
 from __future__ import annotations
@@ -21,36 +21,40 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
 
-    Preload = tuple[list[str], tuple[str, ...]] | tuple[()]
+    from ._keeper import Preload
 
 PID_BYTES = 4
 
 
 def serve(channel: _socket.socket, preload: Preload, keeper: int) -> None:
     """Until the keeper lets go of ``channel``."""
-    unfit = _load(*preload) if preload else ""
-    first = True
+    is_complete = preload is not None
+    if preload is not None:
+        _worker.complete(by_value=True)
+        unfit = _load(*preload)
+        channel.send(marshal.dumps(("unfit", unfit) if unfit else ("loaded", "")))
+        if unfit:
+            return
     gc.freeze()
     while True:
         data, fds = receive(channel)
         if not data:
             return
-        if unfit:
-            channel.send(marshal.dumps(("unfit", unfit)))
-        else:
-            _fork_worker(channel, data, fds, keeper)
+        _fork_worker(channel, data, fds, keeper)
         for fd in fds:
             os.close(fd)
-        if first:
-            first = False
-            _worker.complete()  # the first worker does not wait for what only later tasks, and errors, need
+        if not is_complete:
+            is_complete = True
+            _worker.complete(by_value=True)  # the first worker does not wait for what only later ones need
             gc.freeze()
 
 
-def _load(path: list[str], names: tuple[str, ...]) -> str:
+def _load(path: list[str], environ: dict[str, str], names: tuple[str, ...]) -> str:
     """Import these modules; in words why a fork would not be safe now, if so."""
     threads, opened = linux.threads(), len(os.listdir("/proc/self/fd"))
     sys.path[:] = path
+    os.environ.clear()
+    os.environ.update(environ)
     for name in names:
         try:
             import_module(name)

@@ -124,13 +124,14 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
       (``"leave"``).  What the initializer starts lives as long as its worker; ``leave_running`` makes exceptions;
     * ``isolation``: ``"namespace"`` runs the workers in a Linux process namespace of their own, whose kernel
       ends all that is in it, whatever happens; tasks see other process ids then;
-    * ``preload``: names of modules that workers are forked with, so that they need not import them.  None: those
-      that ``__main__`` uses.  Modules that start threads or open files when imported are never preloaded;
+    * ``preload``: names of modules that are imported once, before workers are forked.  What starts a thread or
+      a process, or opens a file, when it is imported cannot be: it is told once, and workers import for themselves;
     * ``name``: for threads, processes and messages.
 
     ``mp_context=None`` forks workers from a small process of safepool's own, the keeper, never from this one;
     it is started once, and ends all that its workers leave behind when this process ends, in whatever way.
-    Raises ``TypeError`` or ``ValueError`` for wrong arguments; starts nothing before the first ``submit``.
+    Raises ``TypeError`` or ``ValueError`` for wrong arguments, and ``RuntimeError`` if ``isolation`` cannot be had;
+    starts nothing before the first ``submit`` (but the keeper of isolated pools).
     """
 
     def __init__(

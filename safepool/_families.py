@@ -1,0 +1,156 @@
+"""Ends families: what has lost its parent, is the keeper's child by now, and comes from a worker that is done with it.
+
+Everything that is signalled here is an own child that was not waited for, so its pid cannot be another process's.
+A family is at its end when two looks find nobody: whoever is killed passes its own children on to the keeper.
+"""
+
+from __future__ import annotations
+
+import os
+from time import monotonic
+
+import _signal
+
+from . import _tags
+from ._os import linux
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Leftover = tuple[int, str, bool]  # pid, command line, is it gone
+    Done = Callable[[list[Leftover]], None]
+
+LIMIT_S = 1.0  # for a family to end; then its worker's end is told all the same
+MOST_TOLD = 32  # leftovers of one sweep
+
+
+class Family:
+    """Of a worker that lives."""
+
+    def __init__(self) -> None:
+        self.spared: set[int] = set()  # orphans that its initializer made: they stay as long as the worker
+
+
+class Sweep:
+    """The ending of one family, or with ``kill=False`` only a look at it."""
+
+    def __init__(self, kill: bool, done: Done) -> None:
+        self.kill = kill
+        self.until = monotonic() + LIMIT_S
+        self.done = done
+        self.found: dict[int, Leftover] = {}
+
+
+class Families:
+    """Families are known by the soft limit of their tag; None: it cannot be told whose a process is."""
+
+    def __init__(self, number: int | None) -> None:
+        self._number = number  # the keeper's tag
+        self._count = 0
+        self._living: dict[int | None, Family] = {}
+        self._left: set[int | None] = set()  # of dead workers, to be left alone
+        self._sweeps: dict[int | None, Sweep] = {}
+        self.not_orphans: set[int] = set()  # own children that were asked for: workers, zygotes
+        self.unborn: set[int | None] = set()  # of workers that are just being forked
+
+    def new(self) -> int | None:
+        """The tag of the next worker's family."""
+        if self._number is None:
+            return None
+        self._count += 1
+        while (family := _tags.of_worker(self._number, self._count)) in self._living:
+            self._count += 1  # numbers are used again after thousands of launches
+        self._left.discard(family)
+        return family
+
+    def begin(self, family: int | None) -> None:
+        """Its worker lives."""
+        self._living[family] = Family()
+
+    def spare(self, family: int | None) -> None:
+        """What orphans it has now stay as long as its worker."""
+        self._living[family].spared |= {pid for pid, whose in self._orphans() if whose == family}
+
+    def sweep(self, family: int | None, *, kill: bool, done: Done) -> None:
+        """Begin to end what was left in it; ``done`` is called with what was found."""
+        earlier = self._sweeps.pop(family, None)
+        if earlier is not None:  # its worker asked, and died over it
+            earlier.done(list(earlier.found.values()))
+        self._sweeps[family] = Sweep(kill, done)
+
+    def end(self, family: int | None, *, leave: bool, done: Done) -> None:
+        """Its worker is dead."""
+        self._living.pop(family, None)
+        if leave:
+            self._left.add(family)
+            done([])
+        else:
+            self.sweep(family, kill=True, done=done)
+
+    def is_at_work(self) -> bool:
+        return bool(self._sweeps)
+
+    def go_on(self, reap: Callable[[], None]) -> None:
+        """Look at the orphans, twice, until a look changes nothing that could be told."""
+        while self._sweeps:
+            left = self._look()
+            reap()
+            left |= self._look()
+            now = monotonic()
+            finished = [
+                family
+                for family, sweep in self._sweeps.items()
+                if family not in left or not sweep.kill or now >= sweep.until
+            ]
+            if not finished:
+                return
+            for family in finished:
+                sweep = self._sweeps.pop(family)
+                sweep.done(list(sweep.found.values()))
+
+    def _orphans(self) -> Iterator[tuple[int, int | None]]:
+        """(pid, family) of the children that nobody asked for; what is left on purpose does not count."""
+        for pid in linux.children():
+            if pid not in self.not_orphans:
+                tag = linux.tag_of(pid)
+                if tag is None or tag[0] != _tags.LEFT_ON_PURPOSE:
+                    yield pid, None if tag is None or self._number is None else _tags.owner(self._number, tag)
+
+    def _look(self) -> set[int | None]:
+        """Kill what is to be killed; the families that still have somebody."""
+        left: set[int | None] = set()
+        for pid, family in self._orphans():
+            sweep, living = self._sweeps.get(family), self._living.get(family)
+            if self.unborn and (family is None or family in self.unborn):
+                # Scenario 1: (a) a worker is forked, (b) its parent has ended, so it is an orphan, (c) we hear of (a).
+                left.add(family)
+            elif sweep is None:
+                if living is None and family not in self._left:
+                    kill(pid)  # of a worker long dead, or nobody's
+            elif living is None or pid not in living.spared:
+                gone = kill(pid) if sweep.kill else False
+                if gone:
+                    left.add(family)
+                if pid not in sweep.found and len(sweep.found) < MOST_TOLD and not linux.is_zombie(pid):
+                    sweep.found[pid] = pid, linux.words_of(pid), gone
+        return left
+
+    def kill_all(self) -> tuple[int, int]:
+        """At the end of everything: how many children there are, and how many of them may not be killed."""
+        there = may_not = 0
+        for pid in linux.children():
+            tag = linux.tag_of(pid)
+            if tag is None or tag[0] != _tags.LEFT_ON_PURPOSE:
+                there += 1
+                may_not += not kill(pid)
+        return there, may_not
+
+
+def kill(child: int) -> bool:
+    """A child that was not waited for.  False: it is another user's by now."""
+    try:
+        os.kill(child, _signal.SIGKILL)
+    except PermissionError:
+        return False
+    return True
