@@ -265,7 +265,7 @@ def _until(condition: Any, what: str) -> None:
 
 def clean(plan: Plan) -> NoReturn:
     """What a user types after a crash."""
-    os.execv(sys.executable, [sys.executable, "-m", "safepool", "clean", "--yes"])
+    os.execv(sys.executable, [sys.executable, "-m", "safepool", "clean", "--end", "kill"])
 
 
 PROGRAMS = {

@@ -470,8 +470,8 @@ class Core:
         self._bury(worker)
         if first is not None and begun:
             doomed = first.state is T.DOOMED and first.failure is not None
-            facts = {"exitcode": event.exitcode, "reason": worker.lost, "peak_bytes": event.peak_bytes}
-            why = first.failure if doomed else Failure("death", worker.number, **facts)
+            death = Failure("death", worker.number, event.exitcode, reason=worker.lost, peak_bytes=event.peak_bytes)
+            why = first.failure if doomed else death
             assert why is not None
             self._attempt_failed(first, why)
         elif first is not None and first.state is T.QUEUED and not worker.ended_by_us:

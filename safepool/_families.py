@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 from time import monotonic
 
-import _signal
-
 from . import _tags
 from ._os import linux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Callable, Iterator
 
     Leftover = tuple[int, str, bool]  # pid, command line, is it gone
-    Done = Callable[[list[Leftover]], None]
+    Done = Callable[[list[Leftover]], object]
+else:
+    import _signal
 
 LIMIT_S = 1.0  # for a family to end; then its worker's end is told all the same
 MOST_TOLD = 32  # leftovers of one sweep
@@ -129,11 +130,13 @@ class Families:
                 if living is None and family not in self._left:
                     kill(pid)  # of a worker long dead, or nobody's
             elif living is None or pid not in living.spared:
+                is_news = pid not in sweep.found and len(sweep.found) < MOST_TOLD and not linux.is_zombie(pid)
+                words = linux.words_of(pid) if is_news else ""  # the dead have none
                 gone = kill(pid) if sweep.kill else False
                 if gone:
                     left.add(family)
-                if pid not in sweep.found and len(sweep.found) < MOST_TOLD and not linux.is_zombie(pid):
-                    sweep.found[pid] = pid, linux.words_of(pid), gone
+                if is_news:
+                    sweep.found[pid] = pid, words, gone
         return left
 
     def kill_all(self) -> tuple[int, int]:

@@ -34,7 +34,8 @@ def enter(control: _socket.socket) -> None:
         flags = CLONE_NEWPID | CLONE_NEWNS | (0 if user == 0 else CLONE_NEWUSER)
         must("unshare", libc.unshare(flags))
         if user != 0:
-            for name, line in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+            for name, line in maps.items():
                 with open(f"/proc/self/{name}", "w") as file:
                     file.write(line)
         alive, held = os.pipe()

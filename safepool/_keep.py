@@ -194,7 +194,7 @@ class Keeper:
     def launch(
         self, told: dict[str, Any], key: str, preload: Any, *, leave: bool, named: dict[str, int], more: list[int]
     ) -> KeptProcess:
-        """Have a worker forked.  ``named`` and ``more`` are descriptors for it.  Raises ``OSError`` when there is none."""
+        """Have a worker forked; ``named`` and ``more`` are descriptors for it.  Raises ``OSError`` if there is none."""
         status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _os.keep(status)
         try:
@@ -336,9 +336,7 @@ def _start_tracker() -> None:
         resource_tracker.ensure_running()
 
 
-def launch(
-    name: str, policy: LaunchPolicy, *, fresh: bool, named: dict[str, int], more: list[int]
-) -> KeptProcess:
+def launch(name: str, policy: LaunchPolicy, *, fresh: bool, named: dict[str, int], more: list[int]) -> KeptProcess:
     """Start a worker called ``name``.  ``fresh``: in a new interpreter.  Raises ``OSError``."""
     global _launches
     keeper = _keeper(policy.isolation)

@@ -18,6 +18,7 @@ to ``"look"`` at it or to ``"spare"`` what is there now, and is answered with le
 
 from __future__ import annotations
 
+import _socket
 import marshal
 import os
 import resource
@@ -25,21 +26,21 @@ import select
 import sys
 from time import monotonic
 
-import _signal
-import _socket
-
 from . import _families
 from ._families import Families
 from ._os import linux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Callable
     from typing import Any
 
     from ._families import Leftover
 
     Preload = tuple[list[str], dict[str, str], tuple[str, ...]] | None  # sys.path, environment, what to import
+else:
+    import _signal
 
 LOOK_AGAIN_S = 0.02
 LAST_LOOK_S = 5.0  # that is given to what may not be signalled, at the end of everything
@@ -144,7 +145,7 @@ class Keeper:
         word, *more = marshal.loads(data)
         try:
             if word == "launch":
-                self._launch(*more, fds)
+                self._launch(more, fds)
             elif word == "replace" and more[0] in self._zygotes:
                 _families.kill(self._zygotes[more[0]].pid)
         except (OSError, IndexError):
@@ -153,8 +154,9 @@ class Keeper:
             for fd in fds:
                 os.close(fd)
 
-    def _launch(self, key: str, preload: Preload, leave: bool, number: int, body: bytes, fds: list[int]) -> None:
+    def _launch(self, words: Any, fds: list[int]) -> None:
         """From a zygote that has loaded ``preload``, or from the plain one if that cannot be."""
+        key, preload, leave, number, body = words
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         ward = Ward(self._families.new(), leave, fds.pop(0), ours)

@@ -267,17 +267,17 @@ def _dumps_while_starting(value: Any, inherited: list[int]) -> bytes:
     from multiprocessing import context, popen_forkserver
 
     class Starting:
-        DupFd = popen_forkserver._DupFd  # type: ignore[attr-defined]
+        DupFd = popen_forkserver._DupFd
 
         def duplicate_for_child(self, fd: int) -> int:
             inherited.append(fd)
             return len(inherited) - 1
 
-    context.set_spawning_popen(Starting())  # type: ignore[attr-defined]
+    context.set_spawning_popen(Starting())  # type: ignore[arg-type]
     try:
         return _payload.dumps_by_value(value)
     finally:
-        context.set_spawning_popen(None)  # type: ignore[attr-defined]
+        context.set_spawning_popen(None)
 
 
 def launcher_of(context: Any, name: str, policy: LaunchPolicy = PLAIN) -> ContextLauncher | KeeperLauncher:

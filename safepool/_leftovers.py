@@ -9,13 +9,12 @@ Own children are ended here; what has lost its parent is the keeper's, which is 
 
 from __future__ import annotations
 
+import gc
 import marshal
 import os
 import resource
 import sys
 from time import monotonic, sleep
-
-import _signal
 
 from . import _tags
 from ._os import linux
@@ -23,8 +22,11 @@ from ._os import linux
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
+    import signal as _signal
 
     Leftover = tuple[int, str, bool]  # pid, command line, is it gone
+else:
+    import _signal
 
 SHORTEST_FORK_S = 50e-6
 END_LIMIT_S = 1.0
@@ -141,8 +143,13 @@ def _kill_child(pid: int) -> bool:
 def _wait_for(pid: int) -> None:
     end = monotonic() + END_LIMIT_S
     try:
-        while os.waitpid(pid, os.WNOHANG)[0] == 0 and monotonic() < end:
+        while (found := os.waitpid(pid, os.WNOHANG))[0] == 0 and monotonic() < end:
             sleep(LOOK_AGAIN_S)
     except ChildProcessError:
-        pass  # somebody else did
-
+        return  # somebody else did
+    subprocess = sys.modules.get("subprocess")
+    if found[0] != 0 and subprocess is not None:
+        # A Popen that is kept from one task to the next would take an unknown status for success.
+        for thing in gc.get_objects():
+            if type(thing) is subprocess.Popen and thing.pid == pid and thing.returncode is None:
+                thing.returncode = os.waitstatus_to_exitcode(found[1])

@@ -1,4 +1,4 @@
-"""Makes a process that was just forked, or executed, right as a worker: whose it is, streams, names, random state, exit.
+"""Makes a process that was just forked, or executed, right as a worker: owner, streams, names, random state, exit.
 
 A worker that was forked from a zygote is as one in a fresh interpreter: its own signals, standard streams, arguments,
 working directory and random state, and multiprocessing believes that it was started by the user's process.
@@ -6,6 +6,7 @@ working directory and random state, and multiprocessing believes that it was sta
 
 from __future__ import annotations
 
+import _socket
 import atexit
 import io
 import itertools
@@ -13,8 +14,6 @@ import marshal
 import os
 import sys
 import time
-
-import _socket
 
 from . import _leftovers, _worker
 from ._os import linux
@@ -44,7 +43,7 @@ def live(number: int, family: int | None, body: bytes, fds: list[int], keeper: i
 
 def come_back() -> NoReturn:
     """The same for one that was executed: a fresh interpreter."""
-    keeper, memory, *fds = map(int, sys.argv[2].split(","))
+    memory, *fds = map(int, sys.argv[2].split(","))
     os.lseek(memory, 0, os.SEEK_SET)
     told = marshal.loads(os.read(memory, MOST_BYTES))
     os.close(memory)
@@ -70,7 +69,7 @@ def _be_forked(family: int | None, body: bytes, fds: list[int], keeper: int) -> 
     linux.close_but(fds)
     told = marshal.loads(body)
     if told["fresh"]:
-        _be_executed(told, body, fds, keeper)
+        _be_executed(told, body, fds)
     atexit._clear()
     return _live(told, fds)
 
@@ -95,12 +94,12 @@ def _be_owned(family: int | None, keeper: int) -> None:
         pass
 
 
-def _be_executed(told: dict[str, Any], body: bytes, fds: list[int], keeper: int) -> NoReturn:
+def _be_executed(told: dict[str, Any], body: bytes, fds: list[int]) -> NoReturn:
     memory = os.memfd_create("safepool")
     os.write(memory, body)
     for fd in (memory, *fds):
         os.set_inheritable(fd, True)
-    words = ",".join(map(str, (keeper, memory, *fds)))
+    words = ",".join(map(str, (memory, *fds)))
     command = [*told["interpreter"], "-c", f"{BACK}from safepool._newborn import come_back; come_back()"]
     os.execv(command[0], [*command, told["home"], words])
 
@@ -136,8 +135,8 @@ def _own_streams(named: dict[str, int]) -> None:
         if fd > 2:
             os.close(fd)
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]
-    sys.stdout = sys.__stdout__ = _stream(1, sys.stdout) if "out" in named else None  # type: ignore[assignment,misc]
-    sys.stderr = sys.__stderr__ = _stream(2, sys.stderr) if "err" in named else None  # type: ignore[assignment,misc]
+    sys.stdout = sys.__stdout__ = _stream(1, sys.stdout) if "out" in named else None  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = _stream(2, sys.stderr) if "err" in named else None  # type: ignore[misc]
 
 
 def _stream(fd: int, like: Any) -> Any:
@@ -226,7 +225,7 @@ def _once_loaded(name: str, act: Callable[[Any], None]) -> None:
         return
     _after_loading.acts[name] = act
     if _after_loading not in sys.meta_path:
-        sys.meta_path.insert(0, _after_loading)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _after_loading)
 
 
 # ----------------------------------------------------------- randomness, exit
@@ -254,4 +253,3 @@ def _leave() -> int:
     if sys.version_info >= (3, 13):
         atexit._run_exitfuncs()
     return 0
-

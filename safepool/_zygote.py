@@ -95,7 +95,8 @@ def _go_between(write: int, data: bytes, fds: list[int], keeper: int) -> None:
     try:
         pid = os.fork()
         if pid == 0:
-            _newborn.live(*marshal.loads(data), fds, keeper)
+            number, family, body = marshal.loads(data)
+            _newborn.live(number, family, body, fds, keeper)
         os.write(write, pid.to_bytes(PID_BYTES, sys.byteorder))
     finally:
         os._exit(0)

@@ -42,7 +42,7 @@ def _let_go_of_stdout() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="safepool", description="A process pool that cannot hang.")
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo,):
+    for add in (_add_demo, _add_clean):
         add(subcommands)
     return parser
 
@@ -62,3 +62,19 @@ def _run_demo(_: argparse.Namespace) -> int:
     from .demo import run
 
     return 0 if run(sys.stdout) else FAILED
+
+
+def _add_clean(subcommands: Any) -> None:
+    what = "list what programs that were killed together with their keepers have left running, and end it"
+    parser = subcommands.add_parser("clean", help=what, description=f"{what}. Without --end it only lists.")
+    levels = ("ask", "terminate", "kill")
+    parser.add_argument(
+        "--end", choices=levels, help="ask before each family; send SIGTERM and wait two seconds; send SIGKILL"
+    )
+    parser.set_defaults(run=_run_clean)
+
+
+def _run_clean(chosen: argparse.Namespace) -> int:
+    from ._cleaning import clean
+
+    return 0 if clean(chosen.end, sys.stdout) else FAILED

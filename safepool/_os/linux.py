@@ -12,12 +12,16 @@ Wherever a pid is taken from a listing, it is the caller who knows that it canno
 
 from __future__ import annotations
 
+import _ctypes
 import os
 import resource
 from collections.abc import Iterable
 
-import _ctypes
-import _signal
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+else:
+    import _signal
 
 # A resource that kernels since 2.4.25 do not look at any more, but still pass on: RLIMIT_LOCKS.
 TAG = 10
@@ -27,7 +31,7 @@ PR_SET_CHILD_SUBREAPER = 36
 MOST_WORDS = 200  # bytes of a command line
 
 # (``ctypes`` itself costs as much to load as all the rest of a keeper.)
-_libc = _ctypes.dlopen(None, os.RTLD_NOW)
+_libc = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]
 
 
 def _prctl(option: int, value: int | bytes) -> None:
