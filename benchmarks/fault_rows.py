@@ -44,6 +44,7 @@ SEAT_S = {"forkserver": 0.3, "spawn": 1.0}  # from a timeout until its seat is t
 PASS, HANG, LOST, WRONG, LEAK, NA = "pass", "hang", "lost", "wrong", "leak", "n/a"
 #: Processes kept as long as the program runs.  (A spawned worker has "tracker_fd" among its words.)
 HELPERS = ("multiprocessing.forkserver", "resource_tracker", "semaphore_tracker")
+KEPT = ("safepool-keeper", "safepool-zygote")  # one of each, for all pools
 
 
 class Hang(Exception):
@@ -271,7 +272,7 @@ def _is_helper(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         words = " ".join(process.cmdline())
         is_tracker = any(word in words for word in HELPERS[1:])
-        return is_tracker or (HELPERS[0] in words and process.ppid() == os.getpid())
+        return is_tracker or process.name() in KEPT or (HELPERS[0] in words and process.ppid() == os.getpid())
     return False
 
 
