@@ -377,6 +377,7 @@ def main(control: int, owner: int, number: int, isolated: int) -> None:
     """The life of a keeper.  ``owner``: the pid of the user's process; ``number``: its tag, or 0."""
     global _files
     linux.close_but([control])
+    _fill_streams()
     linux.be_called(b"safepool-keeper")
     for signal in IGNORED:
         _inherited[signal] = _signal.signal(signal, _signal.SIG_IGN)
@@ -415,6 +416,13 @@ def _keep_registered(keeper: Keeper, number: int, owner: int, command: str) -> N
     keeper.run()
     if path is not None:
         _registry.withdraw(path)
+
+
+def _fill_streams() -> None:
+    """The program may have closed its own; nothing of ours may be opened there, for they are let go soon."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def _let_go_of_streams() -> None:
