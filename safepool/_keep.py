@@ -20,7 +20,7 @@ from multiprocessing import util
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from . import _os, _sweeping, _tags
+from . import _os, _registry, _sweeping, _tags
 from ._keeper import MOST_BYTES, MOST_FDS, receive
 from ._log import WARNING, tell
 from ._newborn import BACK
@@ -256,6 +256,7 @@ class Keeper:
         try:
             if self._number:
                 _sweeping.end_family(self._number, SWEEP_LIMIT_S)
+                _registry.forget(self._number)
             with suppress(ChildProcessError):
                 os.waitpid(self.pid, os.WNOHANG)
         finally:

@@ -80,6 +80,13 @@ def withdraw(path: str) -> None:
         pass  # there are others
 
 
+def forget(number: int) -> None:
+    """The file of a keeper that was killed, and whose family was ended."""
+    folder = directory()
+    if folder is not None:
+        withdraw(os.path.join(folder, f"{number:x}"))
+
+
 def entries() -> Iterator[Entry]:
     """Of this user, those of living keepers too."""
     folder = directory()
