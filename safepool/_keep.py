@@ -6,6 +6,7 @@ nobody reads for others.
 
 from __future__ import annotations
 
+import atexit
 import marshal
 import multiprocessing
 import os
@@ -392,7 +393,15 @@ def _let_go_in_child() -> None:
     _lock = threading.Lock()
 
 
+def _at_exit() -> None:
+    """All pools have ended; the keeper follows when its channel is closed."""
+    for keeper in tuple(_keepers.values()):
+        keeper.let_go()
+    _keepers.clear()
+
+
 os.register_at_fork(after_in_child=_let_go_in_child)
+atexit.register(_at_exit)
 
 
 def require(isolation: Isolation) -> None:
