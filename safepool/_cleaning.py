@@ -8,8 +8,8 @@ from contextlib import suppress
 from time import monotonic, sleep
 from typing import TextIO
 
-from . import _registry, _sweeping, _tags
-from ._os import CAPABILITIES, linux
+from . import _registry, _sweeping
+from ._os import linux
 from ._registry import Entry
 
 LEVELS = ("ask", "terminate", "kill")
@@ -24,9 +24,6 @@ def clean(level: str | None, out: TextIO) -> bool:
     ``level`` None: list only; ``"ask"``: ask at the terminal, family by family, and then kill; ``"terminate"``:
     SIGTERM, and tell what is left after two seconds; ``"kill"``: SIGKILL.  True: nothing is left of what was to end.
     """
-    if "keeper" not in CAPABILITIES:
-        print("pools have no keeper on this system, so nothing can be told to be theirs", file=out)
-        return False
     is_clean = True
     found = 0
     for entry in _registry.entries():
@@ -38,10 +35,10 @@ def clean(level: str | None, out: TextIO) -> bool:
             _tell(entry, members, out)
         if level is None:
             continue
-        is_clean &= not members or _end(entry, level, out)
-        if not members or is_clean:
-            with suppress(OSError):
-                os.unlink(entry.path)
+        is_ended = not members or _end(entry, level, out)
+        is_clean &= is_ended
+        if is_ended:
+            _registry.withdraw(entry.path)
     if not found:
         print("nothing is left of any pool", file=out)
     elif level is None:
@@ -72,18 +69,8 @@ def _end(entry: Entry, level: str, out: TextIO) -> bool:
 
 def _terminate(number: int) -> set[int]:
     """The pids that may not be signalled."""
-    refused = set()
-    for pid in _sweeping.members(number):
-        with suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(pid)
-            try:
-                tag = linux.tag_of(pid)  # once more, now that the pid cannot become another's
-                if tag is not None and _tags.is_in_family(number, tag):
-                    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            except PermissionError:
-                refused.add(pid)
-            finally:
-                os.close(pidfd)
+    members = tuple(_sweeping.members(number))
+    refused = {pid for pid in members if not _sweeping.signal_member(number, pid, signal.SIGTERM)}
     end = monotonic() + GRACE_S
     while set(_sweeping.members(number)) - refused and monotonic() < end:
         sleep(LOOK_AGAIN_S)

@@ -111,12 +111,10 @@ class Families:
                 sweep.done(list(sweep.found.values()))
 
     def _orphans(self) -> Iterator[tuple[int, int | None]]:
-        """(pid, family) of the children that nobody asked for; what is left on purpose does not count."""
-        for pid in linux.children():
+        """(pid, family) of the children that nobody asked for."""
+        for pid, tag in _children():
             if pid not in self.not_orphans:
-                tag = linux.tag_of(pid)
-                if tag is None or tag[0] != _tags.LEFT_ON_PURPOSE:
-                    yield pid, None if tag is None or self._number is None else _tags.owner(self._number, tag)
+                yield pid, None if tag is None or self._number is None else _tags.owner(self._number, tag)
 
     def _look(self) -> set[int | None]:
         """Kill what is to be killed; the families that still have somebody."""
@@ -142,12 +140,18 @@ class Families:
     def kill_all(self) -> tuple[int, int]:
         """At the end of everything: how many children there are, and how many of them may not be killed."""
         there = may_not = 0
-        for pid in linux.children():
-            tag = linux.tag_of(pid)
-            if tag is None or tag[0] != _tags.LEFT_ON_PURPOSE:
-                there += 1
-                may_not += not kill(pid)
+        for pid, _ in _children():
+            there += 1
+            may_not += not kill(pid)
         return there, may_not
+
+
+def _children() -> Iterator[tuple[int, _tags.Tag | None]]:
+    """Own children and their tags; what is left on purpose does not count."""
+    for pid in linux.children():
+        tag = linux.tag_of(pid)
+        if not _tags.is_left_on_purpose(tag):
+            yield pid, tag
 
 
 def kill(child: int) -> bool:

@@ -7,6 +7,7 @@ nobody reads for others.
 from __future__ import annotations
 
 import atexit
+import itertools
 import marshal
 import multiprocessing
 import os
@@ -64,7 +65,7 @@ class KeptProcess:
             return self._exitcode
 
     def _read_status(self, status: socket.socket) -> None:
-        if not select.select([status], [], [], 0)[0]:
+        if not _is_readable(status, 0):
             return
         data, _ = receive(status)
         if data:
@@ -135,7 +136,7 @@ class KeptProcess:
         return f"<KeptProcess {self.name!r} pid {self.pid} exitcode={self._exitcode}>"
 
 
-def _is_readable(fd: int, seconds: float) -> bool:
+def _is_readable(fd: int | socket.socket, seconds: float) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(seconds * 1e3))
@@ -168,14 +169,17 @@ class Keeper:
             self._await_isolation()
 
     def _await_isolation(self) -> None:
-        if _is_readable(self._control.fileno(), ANSWER_LIMIT_S):
+        if _is_readable(self._control, ANSWER_LIMIT_S):
             data, _ = receive(self._control)
             word, *why = marshal.loads(data) if data else ("refused", "its keeper ended at once")
             if word == "isolated":
                 return
         else:
             why = [f"its keeper did not answer within {ANSWER_LIMIT_S:g} s"]
-        self.let_go()
+        _os.close(self._control)  # if it has not ended by itself, it does now
+        _is_readable(self._pidfd, END_LIMIT_S)
+        self._reap()
+        os.close(self._pidfd)
         raise RuntimeError(
             f"isolation={self._isolation!r} cannot be had here: {why[0]}. It needs the right to make a Linux process "
             "namespace: root, or user namespaces for everybody; without isolation= the keeper needs no rights"
@@ -200,7 +204,7 @@ class Keeper:
         _os.keep(status)
         try:
             body = marshal.dumps({**told, "fds": tuple(named)})
-            self._send(("launch", key, preload, leave, told["number"], body), [theirs.fileno(), *named.values(), *more])
+            self._send(("launch", key, preload, leave, body), [theirs.fileno(), *named.values(), *more])
             theirs.close()
             return self._started(told["name"], status, key)
         except BaseException:
@@ -218,7 +222,7 @@ class Keeper:
         limit_s = PRELOAD_LIMIT_S if key else ANSWER_LIMIT_S
         word = "note"
         while word == "note":
-            if not _is_readable(status.fileno(), limit_s):
+            if not _is_readable(status, limit_s):
                 self._wake_up(key)
                 raise TimeoutError(f"keeper {self.pid} has forked no worker within {limit_s:g} s; it is asked again")
             data, fds = receive(status)
@@ -258,10 +262,13 @@ class Keeper:
             if self._number:
                 _sweeping.end_family(self._number, SWEEP_LIMIT_S)
                 _registry.forget(self._number)
-            with suppress(ChildProcessError):
-                os.waitpid(self.pid, os.WNOHANG)
+            self._reap()
         finally:
             self._swept.set()
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
 
     def close(self) -> None:
         """It has ended: wait for what it left to be ended, and give back the descriptors."""
@@ -295,7 +302,7 @@ def _home() -> str:
 
 _keepers: dict[Isolation, Keeper] = {}
 _lock = threading.Lock()
-_launches = 0
+_launches = itertools.count(1)
 
 
 def keeper_pids() -> set[int]:
@@ -340,11 +347,7 @@ def _start_tracker() -> None:
 
 def launch(name: str, policy: LaunchPolicy, *, fresh: bool, named: dict[str, int], more: list[int]) -> KeptProcess:
     """Start a worker called ``name``.  ``fresh``: in a new interpreter.  Raises ``OSError``."""
-    global _launches
     keeper = _keeper(policy.isolation)
-    with _lock:
-        _launches += 1
-        number = _launches
     for stream, fd in (("out", 1), ("err", 2)):
         with suppress(OSError):
             os.fstat(fd)
@@ -354,7 +357,7 @@ def launch(name: str, policy: LaunchPolicy, *, fresh: bool, named: dict[str, int
         named["tracker"] = tracker._resource_tracker._fd
     me = mp_process.current_process()
     told = {
-        "number": number,
+        "number": next(_launches),
         "name": name,
         "fresh": fresh,
         "interpreter": _interpreter(),

@@ -9,7 +9,7 @@ Guarantees:
 
 It has one thread, waits without a limit only for all that it hears at once, and imports next to nothing.
 
-On its control channel, with descriptors, it hears ``("launch", key, preload, leave, number, body)`` and
+On its control channel, with descriptors, it hears ``("launch", key, preload, leave, body)`` and
 ``("replace", key)``, a zygote that does not answer.  On the status channel of each worker it says ``("note", why)``,
 that its preload could not be used, ``("started", pid)`` with a descriptor of the process, ``("failed", why)`` and
 ``("exited", status, peak KiB, leftovers)``.  A worker asks it to ``"sweep"`` its family,
@@ -156,7 +156,7 @@ class Keeper:
 
     def _launch(self, words: Any, fds: list[int]) -> None:
         """From a zygote that has loaded ``preload``, or from the plain one if that cannot be."""
-        key, preload, leave, number, body = words
+        key, preload, leave, body = words
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         ward = Ward(self._families.new(), leave, fds.pop(0), ours)
@@ -167,7 +167,7 @@ class Keeper:
         if why is not None:
             key, preload = PLAIN, None
         zygote = self._zygotes.get(key) or self._add_zygote(key, preload)
-        zygote.waiting.append((ward, (number, ward.family, body), [theirs.detach(), *fds]))
+        zygote.waiting.append((ward, (ward.family, body), [theirs.detach(), *fds]))
         fds.clear()
         self._next_launch(zygote)
 

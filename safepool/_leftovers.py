@@ -63,7 +63,8 @@ class Leftovers:
         if run_s < SHORTEST_FORK_S or self._policy == "leave" or not self._are_possible():
             return []
         found: list[Leftover] = []
-        own = [pid for pid in linux.children() if pid not in self._spared and pid not in _helpers()]
+        staying = self._spared | _helpers()
+        own = [pid for pid in linux.children() if pid not in staying]
         if self._policy == "report":
             found += [(pid, linux.words_of(pid), False) for pid in own if not linux.is_zombie(pid)]
             self._spared.update(own)
@@ -110,46 +111,40 @@ def _helpers() -> set[int]:
 def _end(pids: list[int]) -> list[Leftover]:
     """Kill these children and wait for them, for a limited time."""
     found = []
+    statuses = {}
     for pid in pids:
         gone = True
         if not linux.is_zombie(pid):
-            tag = linux.tag_of(pid)
-            if tag is not None and tag[0] == _tags.LEFT_ON_PURPOSE:
+            if _tags.is_left_on_purpose(linux.tag_of(pid)):
                 continue
             words = linux.words_of(pid)
-            gone = _kill_child(pid)
+            # (A thread that the task left may wait for it meanwhile: no bare pid.)
+            gone = linux.signal_if(pid, lambda pid=pid: linux.parent_of(pid) == os.getpid())  # type: ignore[misc]
             found.append((pid, words, gone))
         if gone:
-            _wait_for(pid)
+            statuses[pid] = _wait_for(pid)
+    _tell_programs(statuses)
     return found
 
 
-def _kill_child(pid: int) -> bool:
-    """False: it is another user's by now.  (A thread that the task left may wait for it meanwhile: no bare pid.)"""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        if linux.parent_of(pid) == os.getpid():
-            linux.send_kill(pidfd)
-    except PermissionError:
-        return False
-    finally:
-        os.close(pidfd)
-    return True
-
-
-def _wait_for(pid: int) -> None:
+def _wait_for(pid: int) -> int | None:
+    """Its status; None if it does not end, or somebody else has waited for it."""
     end = monotonic() + END_LIMIT_S
     try:
         while (found := os.waitpid(pid, os.WNOHANG))[0] == 0 and monotonic() < end:
             sleep(LOOK_AGAIN_S)
     except ChildProcessError:
-        return  # somebody else did
+        return None
+    return found[1] if found[0] else None
+
+
+def _tell_programs(statuses: dict[int, int | None]) -> None:
+    """A Popen that is kept from one task to the next would take an unknown status for success."""
     subprocess = sys.modules.get("subprocess")
-    if found[0] != 0 and subprocess is not None:
-        # A Popen that is kept from one task to the next would take an unknown status for success.
-        for thing in gc.get_objects():
-            if type(thing) is subprocess.Popen and thing.pid == pid and thing.returncode is None:
-                thing.returncode = os.waitstatus_to_exitcode(found[1])
+    if subprocess is None or not any(status is not None for status in statuses.values()):
+        return
+    for thing in gc.get_objects():
+        if type(thing) is subprocess.Popen and thing.returncode is None:
+            status = statuses.get(thing.pid)
+            if status is not None:
+                thing.returncode = os.waitstatus_to_exitcode(status)

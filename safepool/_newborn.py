@@ -32,7 +32,7 @@ MOST_BYTES = 1 << 20
 _held: list[Any] = []  # what must not be collected: its descriptors are closed, and may be others by now
 
 
-def live(number: int, family: int | None, body: bytes, fds: list[int], keeper: int) -> NoReturn:
+def live(family: int | None, body: bytes, fds: list[int], keeper: int) -> NoReturn:
     """The whole life of a worker that was just forked.
 
     ``body``: a marshalled ``dict`` that says what the parent is like, see ``_keep``; ``fds``: the channel to the

@@ -16,12 +16,21 @@ EMPTY_ROUNDS = 2  # in a row: then nobody is left
 LOOK_AGAIN_S = 0.002
 
 
+def is_member(number: int, pid: int) -> bool:
+    tag = linux.tag_of(pid)
+    return tag is not None and _tags.is_in_family(number, tag)
+
+
+def signal_member(number: int, pid: int, signal: int = linux.SIGKILL) -> bool:
+    """False: it is another user's."""
+    return linux.signal_if(pid, lambda: is_member(number, pid), signal)
+
+
 def members(number: int) -> Iterator[int]:
     """Pids of the living members of the family of this keeper; they may be reused a moment later."""
     me = os.getpid()
     for pid in linux.processes():
-        tag = linux.tag_of(pid)
-        if tag is not None and _tags.is_in_family(number, tag) and pid != me and not linux.is_zombie(pid):
+        if is_member(number, pid) and pid != me and not linux.is_zombie(pid):
             yield pid
 
 
@@ -35,27 +44,10 @@ def end_family(number: int, limit_s: float) -> dict[int, tuple[str, bool]]:
         for pid in members(number):
             if found.get(pid, ("", True))[1]:
                 found.setdefault(pid, (linux.words_of(pid), True))
-                if _kill(pid, number):
+                if signal_member(number, pid):
                     empty = 0
                 else:
                     found[pid] = found[pid][0], False
         if empty < EMPTY_ROUNDS:
             sleep(LOOK_AGAIN_S)
     return found
-
-
-def _kill(pid: int, number: int) -> bool:
-    """False: it is another user's.  (The tag is looked at once more, when the pid cannot become another's.)"""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return True
-    try:
-        tag = linux.tag_of(pid)
-        if tag is not None and _tags.is_in_family(number, tag):
-            linux.send_kill(pidfd)
-    except PermissionError:
-        return False
-    finally:
-        os.close(pidfd)
-    return True

@@ -1,4 +1,4 @@
-"""Arithmetic of tags: whose a process is, as a number that all its descendants inherit and cannot shed.
+"""Arithmetic of tags: whose a process is, as a number that all its descendants inherit and cannot raise.
 
 A tag is a pair of limits of a resource that no kernel looks at any more (see ``_os.linux``): the hard one names the
 keeper, the soft one the worker.  Both survive exec, setsid and a cleared environment, and an ordinary user can only
@@ -47,10 +47,14 @@ def owner(keeper: int, tag: Tag) -> int | None:
     return keeper - (below >> step << step)
 
 
+def is_left_on_purpose(tag: Tag | None) -> bool:
+    return tag is not None and tag[0] == LEFT_ON_PURPOSE
+
+
 def is_in_family(keeper: int, tag: Tag) -> bool:
     """Does a process with this tag come from this keeper, and is not left on purpose?"""
-    soft, hard = tag
-    return soft != LEFT_ON_PURPOSE and 0 <= keeper - hard < 1 << WIDTHS[_depth(keeper)]
+    _, hard = tag
+    return not is_left_on_purpose(tag) and 0 <= keeper - hard < 1 << WIDTHS[_depth(keeper)]
 
 
 def _depth(keeper: int) -> int:

@@ -1,6 +1,6 @@
 """Forks workers from a loaded, single-threaded state; what is forked becomes a child of the keeper.
 
-It serves one launch at a time: ``(number, family, body)`` with descriptors comes, ``("forked", pid)``,
+It serves one launch at a time: ``(family, body)`` with descriptors comes, ``("forked", pid)``,
 or ``("failed", why)``, goes.  One with a ``preload`` says ``("loaded", "")`` first, or ``("unfit", why)`` if it cannot
 be forked safely: the import started a thread or a process, opened a descriptor, or raised.
 """
@@ -95,8 +95,8 @@ def _go_between(write: int, data: bytes, fds: list[int], keeper: int) -> None:
     try:
         pid = os.fork()
         if pid == 0:
-            number, family, body = marshal.loads(data)
-            _newborn.live(number, family, body, fds, keeper)
+            family, body = marshal.loads(data)
+            _newborn.live(family, body, fds, keeper)
         os.write(write, pid.to_bytes(PID_BYTES, sys.byteorder))
     finally:
         os._exit(0)

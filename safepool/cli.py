@@ -75,6 +75,11 @@ def _add_clean(subcommands: Any) -> None:
 
 
 def _run_clean(chosen: argparse.Namespace) -> int:
+    from ._os import CAPABILITIES
+
+    if "keeper" not in CAPABILITIES:
+        print("pools have no keeper on this system, so nothing can be told to be theirs")
+        return FAILED
     from ._cleaning import clean
 
     return 0 if clean(chosen.end, sys.stdout) else FAILED

@@ -3,9 +3,10 @@
 * ``adopt_orphans()``: descendants whose parent ends become this process's children;
 * ``end_with_parent()``: be killed when the parent ends;
 * ``children() -> pids``: own children, the dead ones that are not waited for too;
-* ``tag_of(pid)``, ``set_tag(pid, tag)``: see ``_tags``; ``wear(tag)``: on this process;
+* ``tag_of(pid)``: see ``_tags``; ``wear(tag)``: on this process;
 * ``processes() -> pids``: of the whole machine; ``words_of(pid)``: its command line;
-* ``send_kill(pidfd)``; ``close_but(fds)``.
+* ``signal_if(pid, is_ours)``: to that process, if it is still ours when its pid cannot become another's;
+* ``close_but(fds)``.
 
 Wherever a pid is taken from a listing, it is the caller who knows that it cannot have been reused.
 """
@@ -15,16 +16,17 @@ from __future__ import annotations
 import _ctypes
 import os
 import resource
-from collections.abc import Iterable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
+    from collections.abc import Callable, Iterable
 else:
     import _signal
 
 # A resource that kernels since 2.4.25 do not look at any more, but still pass on: RLIMIT_LOCKS.
 TAG = 10
+SIGKILL: int = _signal.SIGKILL
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
@@ -135,12 +137,22 @@ def is_zombie(pid: int) -> bool:
         return True
 
 
-def send_kill(pidfd: int) -> None:
-    """Raises ``PermissionError`` for a process of another user; a dead one is no error."""
+def signal_if(pid: int, is_ours: Callable[[], bool], number: int = SIGKILL) -> bool:
+    """Hold on to the process, ask once more, and send the signal: False if it is another user's; death is no error."""
     try:
-        _signal.pidfd_send_signal(pidfd, _signal.SIGKILL)
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        if is_ours():
+            _signal.pidfd_send_signal(pidfd, number)
     except ProcessLookupError:
         pass
+    except PermissionError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
 
 
 def close_but(fds: Iterable[int]) -> None:
