@@ -183,6 +183,21 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
                     self.sim.die(worker.number)
                 self.sim.answer(task, 0.0)
 
+        @precondition(lambda self: self.sim.workers and len(self.sim.tasks) < MOST_TASKS)
+        @rule(begun=st.booleans(), later=st.booleans(), die=st.booleans())
+        def cancel_what_was_sent(self, begun: bool, later: bool, die: bool) -> None:
+            """The newest task is with a worker, which may have begun it without our having heard of it."""
+            for number in sorted(self.sim.workers):
+                self.sim.ready(number)
+            task = self.sim.submit()
+            for number in sorted(self.sim.workers) if begun else []:
+                self.sim.begin(number)
+            self.sim.cancel(task, later=later)
+            for number in sorted(self.sim.workers):
+                self.sim.hear(number)
+                if die:
+                    self.sim.die(number)
+
         @precondition(lambda self: self.sim.workers)
         @rule(n=pick)
         def late_answer_then_death(self, n: int) -> None:
@@ -204,6 +219,14 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
             worker = self.sim.workers[self._worker(n)]
             worker.stuck = True
             worker.immortal = worker.immortal or immortal
+
+        @precondition(lambda self: any(not w.ready for w in self.sim.workers.values()))
+        @rule()
+        def hang_at_start(self) -> None:
+            """A task waits for a worker that never gets ready."""
+            for worker in self.sim.workers.values():
+                worker.stuck = worker.stuck or not worker.ready
+            self.sim.advance(70.0)
 
         @precondition(lambda self: self.sim.workers)
         @rule(n=pick)
