@@ -60,7 +60,7 @@ class KeptProcess:
     def exitcode(self) -> int | None:
         """None: it lives, or its family is being ended."""
         with self._lock:
-            if self._status is not None:
+            if self._exitcode is None and self._status is not None:
                 self._read_status(self._status)
             return self._exitcode
 
@@ -76,8 +76,6 @@ class KeptProcess:
             # The keeper has ended, and the worker with it.
             self._exitcode = KILLED
             self._keeper.has_ended()
-        _os.close(status)
-        self._status = None
 
     @property
     def sentinel(self) -> int:
@@ -88,6 +86,10 @@ class KeptProcess:
 
     def fileno(self) -> int | None:
         return self._pidfd
+
+    def status_fileno(self) -> int | None:
+        """A descriptor that is readable when ``exitcode`` is known."""
+        return None if self._status is None else self._status.fileno()
 
     @property
     def authkey(self) -> bytes:

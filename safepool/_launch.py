@@ -33,6 +33,9 @@ class WorkerProcess(Protocol):
     def fileno(self) -> int | None:
         """A descriptor that is readable once the process is dead; None: ask ``is_dead``."""
 
+    def status_fileno(self) -> int | None:
+        """A descriptor that is readable once the exit status of a dead worker is known; None: ask again and again."""
+
     def is_dead(self) -> bool: ...
 
     def exitcode(self) -> int | None:
@@ -73,6 +76,9 @@ class ContextWorker:
 
     def fileno(self) -> int | None:
         return self._fd
+
+    def status_fileno(self) -> int | None:
+        return None
 
     def is_dead(self) -> bool:
         return self._is_gone or self._is_closed() or self.exitcode() is not None
@@ -124,6 +130,9 @@ class KeptWorker:
 
     def fileno(self) -> int | None:
         return self.process.fileno()
+
+    def status_fileno(self) -> int | None:
+        return self.process.status_fileno()
 
     def is_dead(self) -> bool:
         return not self.process.is_alive()

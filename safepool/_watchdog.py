@@ -99,7 +99,7 @@ class Watchdog:
         self._launching: set[int] = set()
         self._doomed_launches: set[int] = set()  # to be killed as soon as they are there
         self._abandoned: set[int] = set()  # not wanted any more when they are there
-        self._watched: set[int] = set()  # workers whose death a descriptor reports
+        self._watched: dict[int, int] = {}  # worker -> the descriptor that reports its death, then its status
         self._writing: set[int] = set()
         self._dying: dict[int, tuple[Link, float]] = {}
         self._told_leftovers: set[str] = set()
@@ -317,8 +317,8 @@ class Watchdog:
     def _timeout(self) -> float | None:
         now = monotonic()
         moments = [self._core.next_deadline(), *(side.relieve(now) for side in self._sides)]
-        if self._dying:
-            moments.append(now + STATUS_AGAIN_S)
+        for link, limit in self._dying.values():
+            moments.append(limit if link.worker in self._watched else now + STATUS_AGAIN_S)
         if len(self._watched) < len(self._links):
             moments.append(now + _os.ASK_AGAIN_S)
         known = [moment for moment in moments if moment is not None]
@@ -413,13 +413,23 @@ class Watchdog:
         """The kernel says that the process is dead; its status may take a moment to reach us."""
         if self._links.get(link.worker) is not link or link.worker in self._dying:
             return
-        if link.worker in self._watched:
-            self._selector.unregister(link.process.fileno())  # type: ignore[arg-type]
-            self._watched.discard(link.worker)
+        self._stop_watching(link)
+        self._watch(link, link.process.status_fileno())
         self._dying[link.worker] = (link, monotonic() + STATUS_LIMIT_S)
 
+    def _watch(self, link: Link, fd: int | None) -> None:
+        """For its death, then for its status."""
+        if fd is not None:
+            self._selector.register(fd, READ, (link, True))
+            self._watched[link.worker] = fd
+
+    def _stop_watching(self, link: Link) -> None:
+        fd = self._watched.pop(link.worker, None)
+        if fd is not None:
+            self._selector.unregister(fd)
+
     def _look_after_the_dying(self) -> None:
-        if len(self._watched) + len(self._dying) < len(self._links):
+        if len(self._watched) < len(self._links):
             for link in tuple(self._links.values()):
                 if link.worker not in self._watched and link.process.is_dead():
                     self._died(link)
@@ -457,9 +467,7 @@ class Watchdog:
         self._writing.discard(link.worker)
         if not link.is_deaf:
             self._selector.unregister(link)
-        if link.worker in self._watched:
-            self._watched.discard(link.worker)
-            self._selector.unregister(link.process.fileno())  # type: ignore[arg-type]
+        self._stop_watching(link)
         link.close()
 
     # ---------------------------------------------------------- the acts
@@ -512,10 +520,7 @@ class Watchdog:
             del self._pids[next(iter(self._pids))]
         self._selector.register(outcome, READ, (outcome, False))
         outcome.wanted = READ
-        fd = outcome.process.fileno()
-        if fd is not None:
-            self._selector.register(fd, READ, (outcome, True))
-            self._watched.add(worker)
+        self._watch(outcome, outcome.process.fileno())
         self._writing.add(worker)
         if doomed:
             outcome.process.kill(hard=True)

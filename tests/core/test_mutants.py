@@ -15,8 +15,8 @@ from tests.core.mutants import MUTANTS
 def test_the_simulation_kills(mutant: type[Core]) -> None:
     """Each seeded fault breaks an invariant, an edge of the tables or the replay within the given histories.
 
-    The hardest are found after 500 histories on the average; which histories those are depends on the version of hypothesis
-    and on the modules that are loaded.  One that is found ends the search.
+    The hardest are found after some hundred histories; which histories those are depends on the version of
+    hypothesis and on the modules that are loaded.  A fault that is found ends the search.
     """
     with pytest.raises((AssertionError, LookupError, RuntimeError)):
         run_state_machine_as_test(
