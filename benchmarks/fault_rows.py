@@ -44,7 +44,7 @@ SEAT_S = {"forkserver": 0.3, "spawn": 1.0}  # from a timeout until its seat is t
 PASS, HANG, LOST, WRONG, LEAK, NA = "pass", "hang", "lost", "wrong", "leak", "n/a"
 #: Processes kept as long as the program runs.  (A spawned worker has "tracker_fd" among its words.)
 HELPERS = ("multiprocessing.forkserver", "resource_tracker", "semaphore_tracker")
-KEPT = ("safepool-keeper", "safepool-zygote")  # one of each, for all pools
+KEPT = ("safepool-keeper", "safepool-zygote", "safepool-spare")  # one of each, for all pools
 
 
 class Hang(Exception):

@@ -53,7 +53,7 @@ class Families:
         self._left: set[int | None] = set()  # of dead workers, to be left alone
         self._sweeps: dict[int | None, Sweep] = {}
         self.not_orphans: set[int] = set()  # own children that were asked for: workers, zygotes
-        self.unborn: set[int | None] = set()  # of workers that are just being forked
+        self.unborn: set[int | None] = set()  # of workers that are being forked; None: one in advance is
 
     def new(self) -> int | None:
         """The tag of the next worker's family."""
@@ -121,8 +121,8 @@ class Families:
         left: set[int | None] = set()
         for pid, family in self._orphans():
             sweep, living = self._sweeps.get(family), self._living.get(family)
-            if self.unborn and (family is None or family in self.unborn):
-                # Scenario 1: (a) a worker is forked, (b) its parent has ended, so it is an orphan, (c) we hear of (a).
+            if family in self.unborn:
+                # Scenario 1: (a) one is forked, (b) its parent has ended, so it is an orphan, (c) we hear of (a).
                 left.add(family)
             elif sweep is None:
                 if living is None and family not in self._left:

@@ -22,11 +22,10 @@ from multiprocessing import util
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from . import _os, _registry, _sweeping, _tags
-from ._keeper import MOST_BYTES, MOST_FDS, receive
+from . import _os, _tags
 from ._log import WARNING, tell
-from ._newborn import BACK
 from ._os import linux
+from ._packets import BACK, MOST_BYTES, MOST_FDS, receive
 
 if TYPE_CHECKING:
     from .policy import Isolation, LaunchPolicy
@@ -260,6 +259,8 @@ class Keeper:
             self._sweep()
 
     def _sweep(self) -> None:
+        from . import _registry, _sweeping
+
         try:
             if self._number:
                 _sweeping.end_family(self._number, SWEEP_LIMIT_S)
@@ -347,8 +348,13 @@ def _start_tracker() -> None:
         resource_tracker.ensure_running()
 
 
-def launch(name: str, policy: LaunchPolicy, *, fresh: bool, named: dict[str, int], more: list[int]) -> KeptProcess:
-    """Start a worker called ``name``.  ``fresh``: in a new interpreter.  Raises ``OSError``."""
+def launch(
+    name: str, policy: LaunchPolicy, *, setup: bytes | None, fresh: bool, named: dict[str, int], more: list[int]
+) -> KeptProcess:
+    """Start a worker called ``name``.  ``fresh``: in a new interpreter.  Raises ``OSError``.
+
+    ``setup``: its environment and ``Setup``, pickled; None: they come on its channel.
+    """
     keeper = _keeper(policy.isolation)
     for stream, fd in (("out", 1), ("err", 2)):
         with suppress(OSError):
@@ -361,6 +367,7 @@ def launch(name: str, policy: LaunchPolicy, *, fresh: bool, named: dict[str, int
     told = {
         "number": next(_launches),
         "name": name,
+        "setup": setup,
         "fresh": fresh,
         "interpreter": _interpreter(),
         "home": _home(),

@@ -23,12 +23,12 @@ import marshal
 import os
 import resource
 import select
-import sys
 from time import monotonic
 
 from . import _families
 from ._families import Families
 from ._os import linux
+from ._packets import receive, send
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ else:
 
 LOOK_AGAIN_S = 0.02
 LAST_LOOK_S = 5.0  # that is given to what may not be signalled, at the end of everything
-MOST_BYTES = 1 << 17
-MOST_FDS = 64
 MOST_ZYGOTES = 4
 PLAIN = ""  # the key of the zygote that has loaded nothing of the user's
 IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGTSTP, _signal.SIGUSR1)
@@ -82,6 +80,7 @@ class Zygote:
         self.is_loaded = is_loaded
         self.waiting: list[tuple[Ward, tuple[Any, ...], list[int]]] = []
         self.at_work: Ward | None = None
+        self.spare = 0  # the pid of the one that was forked in advance
 
 
 class Keeper:
@@ -200,10 +199,15 @@ class Keeper:
                 self._fail(ward)
             for fd in fds:
                 os.close(fd)
-        at_work = [zygote.at_work for zygote in self._zygotes.values() if zygote.at_work is not None]
-        self._families.unborn = {ward.family for ward in at_work}
-        if not at_work:
+        self._note_unborn()
+
+    def _note_unborn(self) -> None:
+        zygotes = self._zygotes.values()
+        self._families.unborn = {zygote.at_work.family for zygote in zygotes if zygote.at_work is not None}
+        if not self._families.unborn:
             self._strangers.clear()
+        if not all(zygote.spare for zygote in zygotes):
+            self._families.unborn.add(None)
 
     def _on_zygote(self, key: str, zygote: Zygote) -> None:
         data, _ = receive(zygote.channel)
@@ -217,13 +221,34 @@ class Keeper:
         elif word == "unfit":
             self._unfit[key] = what
             self._lost(key, zygote)
+        elif word == "spare":
+            zygote.spare = what
+            self._families.not_orphans.add(what)
+            if not _is_own_child(what):
+                self._lost_spare(key, zygote)
         elif ward is not None:
             zygote.at_work = None
+            zygote.spare = 0
             if word == "forked":
                 self._adopt(ward, what)
             else:
                 self._fail(ward, what)
         self._next_launch(zygote)
+
+    def _lost_spare(self, key: str, zygote: Zygote) -> None:
+        """It is dead, or is a dead worker by now."""
+        pid = zygote.spare
+        self._families.not_orphans.discard(pid)
+        try:
+            # Scenario 2: (a) it becomes a worker and says so, (b) it dies, (c) we wait for it, (d) we hear of (a).
+            self._on_zygote(key, zygote)
+        except BlockingIOError:
+            pass
+        if zygote.spare == pid:
+            zygote.spare = 0
+            if zygote.at_work is not None:
+                self._lost(key, zygote)  # nobody can tell whether it took the launch with it
+        self._note_unborn()
 
     def _fail(self, ward: Ward, why: str = "the process that forks workers has ended") -> None:
         ward.tell("failed", why)
@@ -237,6 +262,8 @@ class Keeper:
         if zygote.at_work is not None:
             self._fail(zygote.at_work)
             zygote.at_work = None
+            if zygote.spare:
+                _families.kill(zygote.spare)  # it may be the worker that was just given up
         self._let_go(key, zygote)
         if waiting:
             plain = self._zygotes.get(PLAIN) or self._add_zygote(PLAIN, None)
@@ -255,16 +282,12 @@ class Keeper:
 
     def _adopt(self, ward: Ward, pid: int) -> None:
         ward.pid = pid
-        try:
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            pidfd = os.pidfd_open(pid)
-        except (ChildProcessError, ProcessLookupError):
-            # Scenario 1: (a) a worker is forked, (b) it dies, (c) we wait for all our dead, (d) we hear of (a).
+        if not _is_own_child(pid):
             ward.tell("started", pid)
             self._bury(ward, *self._strangers.pop(pid, (0, 0)))
             return
+        pidfd = os.pidfd_open(pid)
         self._wards[pid] = ward
-        self._families.not_orphans.add(pid)
         self._families.begin(ward.family)
         self._hear(ward.ask.fileno(), lambda: self._on_ask(ward))
         ward.tell("started", pid, fd=pidfd)
@@ -285,8 +308,14 @@ class Keeper:
             if ward is not None:
                 self._unhear(ward.ask.fileno())
                 self._bury(ward, status, usage.ru_maxrss)
-            elif self._families.unborn:
+                continue
+            if self._families.unborn:
                 self._strangers[pid] = status, usage.ru_maxrss
+            for key, zygote in tuple(self._zygotes.items()):
+                if pid == zygote.pid:
+                    self._lost(key, zygote)
+                elif pid == zygote.spare:
+                    self._lost_spare(key, zygote)
 
     def _bury(self, ward: Ward, status: int, peak_kib: int) -> None:
         """A worker is dead: end its family, then tell."""
@@ -326,28 +355,17 @@ class Keeper:
                 self._on_awake()
 
 
-def _do_nothing(number: int, frame: Any) -> None:
-    pass
-
-
-def send(channel: _socket.socket, words: Any, fds: Any = ()) -> bool:
-    """False: nobody is there, or nobody reads."""
-    rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds))]
+def _is_own_child(pid: int) -> bool:
+    """Not waited for yet, dead or alive."""
     try:
-        channel.sendmsg([marshal.dumps(words)], rights if fds else [], _socket.MSG_DONTWAIT)
-    except OSError:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
         return False
     return True
 
 
-def receive(channel: _socket.socket) -> tuple[bytes, list[int]]:
-    """One message and its descriptors; an empty one: nobody is there any more.  May raise ``BlockingIOError``."""
-    try:
-        data, rights, _, _ = channel.recvmsg(MOST_BYTES, _socket.CMSG_SPACE(4 * MOST_FDS), _socket.MSG_CMSG_CLOEXEC)
-    except ConnectionError:
-        return b"", []
-    fds = b"".join(content for _, _, content in rights)
-    return data, [int.from_bytes(fds[at : at + 4], sys.byteorder) for at in range(0, len(fds) // 4 * 4, 4)]
+def _do_nothing(number: int, frame: Any) -> None:
+    pass
 
 
 def _become_zygote(keeper: Keeper, channel: _socket.socket, preload: Preload) -> None:

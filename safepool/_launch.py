@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ._keep import KeptProcess
 
 PLAIN = LaunchPolicy()
+SMALL_BYTES = 1 << 15  # set-ups that go to the keeper with the rest of what it is told
 
 
 class WorkerProcess(Protocol):
@@ -258,14 +259,16 @@ class KeeperLauncher:
         named = {"channel": channel.fileno()}
         if tickets is not None:
             named["tickets"] = tickets.fileno()
+        is_small = len(body) <= SMALL_BYTES
         process = _keep.launch(
             f"{self._name}-worker-{self._count}",
             self._policy,
+            setup=body if is_small else None,
             fresh=self.method == "spawn",
             named=named,
             more=inherited,
         )
-        return KeptWorker(process, _wire.encode(_wire.Frame(_wire.SETUP, body=body)))
+        return KeptWorker(process, b"" if is_small else _wire.encode(_wire.Frame(_wire.SETUP, body=body)))
 
     def __repr__(self) -> str:
         return f"<KeeperLauncher {self.method}>"

@@ -17,6 +17,7 @@ import time
 
 from . import _leftovers, _worker
 from ._os import linux
+from ._packets import BACK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,19 +27,18 @@ if TYPE_CHECKING:
 ADOPTION_LIMIT_S = 10.0
 MORE_OOM_SCORE = 200  # when memory runs out, workers go before the programs they work for
 MOST_OOM_SCORE = 1000
-BACK = "import sys; sys.path.insert(0, sys.argv[1]); import safepool; sys.path.pop(0); "  # the package, wherever it is
 MOST_BYTES = 1 << 20
 
 _held: list[Any] = []  # what must not be collected: its descriptors are closed, and may be others by now
 
 
-def live(family: int | None, body: bytes, fds: list[int], keeper: int) -> NoReturn:
-    """The whole life of a worker that was just forked.
+def live(body: bytes, fds: list[int]) -> NoReturn:
+    """The whole life of a worker that was forked.
 
     ``body``: a marshalled ``dict`` that says what the parent is like, see ``_keep``; ``fds``: the channel to the
     keeper, then those that ``body`` names, then those that are inherited by what the parent pickled.
     """
-    _from_here_to_the_end(lambda: _be_forked(family, body, fds, keeper))
+    _from_here_to_the_end(lambda: _be_forked(body, fds))
 
 
 def come_back() -> NoReturn:
@@ -64,8 +64,7 @@ def _from_here_to_the_end(life: Callable[[], int]) -> NoReturn:
         os._exit(code)
 
 
-def _be_forked(family: int | None, body: bytes, fds: list[int], keeper: int) -> int:
-    _be_owned(family, keeper)
+def _be_forked(body: bytes, fds: list[int]) -> int:
     linux.close_but(fds)
     told = marshal.loads(body)
     if told["fresh"]:
@@ -74,7 +73,8 @@ def _be_forked(family: int | None, body: bytes, fds: list[int], keeper: int) -> 
     return _live(told, fds)
 
 
-def _be_owned(family: int | None, keeper: int) -> None:
+def be_adopted(keeper: int) -> None:
+    """Before it is a worker: be the keeper's child, end with it, and go first when memory runs out."""
     end = time.monotonic() + ADOPTION_LIMIT_S
     while os.getppid() != keeper:
         if time.monotonic() > end:
@@ -83,15 +83,19 @@ def _be_owned(family: int | None, keeper: int) -> None:
     linux.end_with_parent()
     if os.getppid() != keeper:
         os._exit(1)  # it ended between the two
-    linux.be_called(b"safepool-worker")
     os.setpgid(0, 0)  # a task that signals its group hits its own family
-    if family is not None:
-        linux.wear((family, linux.own_tag()[1]))
     try:
         with open("/proc/self/oom_score_adj", "r+b", buffering=0) as file:
             file.write(b"%d" % min(int(file.read()) + MORE_OOM_SCORE, MOST_OOM_SCORE))
     except (OSError, ValueError):
         pass
+
+
+def belong(family: int | None) -> None:
+    """Be a worker."""
+    linux.be_called(b"safepool-worker")
+    if family is not None:
+        linux.wear((family, linux.own_tag()[1]))
 
 
 def _be_executed(told: dict[str, Any], body: bytes, fds: list[int]) -> NoReturn:
@@ -118,7 +122,7 @@ def _live(told: dict[str, Any], fds: list[int]) -> int:
     channel = _socket.socket(fileno=named["channel"])
     tickets = _socket.socket(fileno=named["tickets"]) if "tickets" in named else None
     leftovers = _leftovers.Leftovers(_socket.socket(fileno=fds[0]), told["leftovers"])
-    _worker.main(channel, tickets, leftovers=leftovers)
+    _worker.main(channel, tickets, told["setup"], leftovers)
     return _leave()
 
 

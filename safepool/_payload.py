@@ -276,11 +276,6 @@ def _pickled(value: Any, shared_main: bool) -> bytes:
     return file.getvalue()
 
 
-def load_cloudpickle() -> None:
-    """Now, and not when the first call or result needs it, and waits for it."""
-    import cloudpickle  # noqa: F401
-
-
 def _by_value_pickler(shared_main: bool) -> Any:
     import cloudpickle  # loky's own pickler, installed with it
 

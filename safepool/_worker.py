@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 else:
     import _signal as signal
 
+PEEK = _socket.MSG_PEEK | _socket.MSG_DONTWAIT if hasattr(_socket, "MSG_DONTWAIT") else 0
 LOG_LIMIT_S = 1.0  # for the handlers of a log
 
 
@@ -47,12 +48,12 @@ class Setup(NamedTuple):
 
 
 def main(
-    channel: socket, tickets: socket | None, setup: Setup | None = None, leftovers: Leftovers | None = None
+    channel: socket, tickets: socket | None, setup: Setup | bytes | None = None, leftovers: Leftovers | None = None
 ) -> None:
     """The life of a worker.  Returns when the parent asks for it or is gone.
 
-    ``setup`` comes by inheritance (fork, or things that only travel so, like locks); if None, it
-    comes as the first frame.  ``leftovers``: where there is a keeper.
+    ``setup`` comes by inheritance (fork, or things that only travel so, like locks), or pickled with the environment;
+    if None, it comes so as the first frame.  ``leftovers``: where there is a keeper.
     """
     _own_signals()
     link = _Link(_os.moved_up(channel), tickets and _os.moved_up(tickets), leftovers)
@@ -66,25 +67,26 @@ def main(
         pass  # the parent is gone, and nobody can read an answer
 
 
-def complete(*, by_value: bool = False) -> None:
+#: What an error needs, and last, what functions of scripts need too.  (Some are traceback's, when it needs them.)
+TO_COMPLETE = ("ast", "linecache", "tokenize", "traceback", f"{__package__}._payload", f"{__package__}.errors")
+BY_VALUE = "cloudpickle"
+
+
+def complete(*, by_value: bool = False, until: Callable[[], bool] = bool) -> None:
     """Load what an error needs, and (``by_value``) what functions of scripts need too.  Raises nothing.
 
-    The zygote does so when its first worker is on its way; a worker that was forked before, after its first task.
+    The zygote does so when its first worker is on its way; a worker that was forked before, after its first task,
+    ``until`` it is wanted no more.
     """
     global _is_complete
     _is_complete = True  # even if it fails: it will again
-    try:
-        import ast  # noqa: F401  (these are traceback's, at the moment that it needs them)
-        import linecache  # noqa: F401
-        import tokenize  # noqa: F401
-        import traceback  # noqa: F401
-
-        from . import _payload, errors  # noqa: F401
-
-        if by_value:
-            _payload.load_cloudpickle()
-    except BaseException:
-        pass
+    for name in (*TO_COMPLETE, BY_VALUE) if by_value else TO_COMPLETE:
+        if until():
+            return
+        try:  # noqa: SIM105
+            __import__(name)
+        except BaseException:
+            pass
 
 
 _is_complete = False
@@ -159,6 +161,15 @@ class _Link:
                 return frame
         return None
 
+    def is_to_exit(self) -> bool:
+        """Never waits."""
+        try:
+            if PEEK and not self._frames and self._channel.recv(1, PEEK) is not None:
+                self._fill()
+        except BlockingIOError:
+            pass
+        return bool(self._frames) and self._frames[0].kind == _wire.EXIT
+
     def draw(self, number: int) -> bool:
         """Draw the ticket of a call.  False: the parent took the call back."""
         if self._tickets is None:
@@ -176,19 +187,21 @@ class _Link:
         return self._drawn == number
 
 
-def _prepare(link: _Link, setup: Setup | None) -> bool:
+def _prepare(link: _Link, given: Setup | bytes | None) -> bool:
     """Run the initializer.  False: it failed, and the parent knows."""
-    frame = link.next_frame() if setup is None else None
-    if frame is None:
+    if given is None:
+        given = link.next_frame().body
+    setup: Setup
+    if not isinstance(given, bytes):
         _unpack.inherit_main()
+        setup = given
     try:
-        if frame is not None:
+        if isinstance(given, bytes):
             _unpack.own_main()
-            environ, setup = _unpack.loads(frame.body)
+            environ, setup = _unpack.loads(given)
             if os.environ != environ:
                 os.environ.clear()
                 os.environ.update(environ)
-        assert setup is not None
         if setup.initializer is not None:
             if not _is_complete:
                 complete()
@@ -237,7 +250,7 @@ def _serve(link: _Link) -> None:
             link.answer(answer, 0 if frame is None else frame.number)
             del answer
         if not _is_complete:
-            complete()
+            complete(until=link.is_to_exit)
 
 
 # What a task came to: (number, run time in seconds, pickled result), or the frame of its failure.

@@ -1,15 +1,14 @@
-"""Forks workers from a loaded, single-threaded state; what is forked becomes a child of the keeper.
+"""Forks workers from a loaded, single-threaded state, one in advance; what is forked is a child of the keeper.
 
-It serves one launch at a time: ``(family, body)`` with descriptors comes, ``("forked", pid)``,
-or ``("failed", why)``, goes.  One with a ``preload`` says ``("loaded", "")`` first, or ``("unfit", why)`` if it cannot
-be forked safely: the import started a thread or a process, opened a descriptor, or raised.
-
-A launch is received by a child that was forked in advance, and forks the worker and ends: so the keeper, which adopts
-orphans, becomes the worker's parent, and a worker waits for one fork only.
+The one in advance says ``("spare", pid)``, and waits; a launch, ``(family, body)`` with descriptors, makes it a
+worker, and it says ``("forked", pid)``.  ``("failed", why)``: there is none.  A zygote with a ``preload`` says
+``("loaded", "")`` first, or ``("unfit", why)`` if it cannot be forked safely: the import started a thread or a process,
+opened a descriptor, or raised.
 """
 
 from __future__ import annotations
 
+import _socket
 import gc
 import marshal
 import os
@@ -18,18 +17,17 @@ import sys
 from importlib import import_module
 
 from . import _newborn, _worker
-from ._keeper import receive
 from ._os import linux
+from ._packets import receive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
     from ._keeper import Preload
 
-ANSWER_BYTES = 4096
-QUIET_S = 0.01  # the first worker does not share its processor with what only later ones need
+BEGUN = b"!"
+QUIET_S = 0.01  # a worker that starts does not share its processor with what only later ones need
 
 
 def serve(channel: _socket.socket, preload: Preload, keeper: int) -> None:
@@ -37,75 +35,88 @@ def serve(channel: _socket.socket, preload: Preload, keeper: int) -> None:
     if preload is not None:
         _worker.complete(by_value=True)
         unfit = _load(*preload)
-        channel.send(marshal.dumps(("unfit", unfit) if unfit else ("loaded", "")))
+        _say(channel, "unfit" if unfit else "loaded", unfit)
         if unfit:
             return
     gc.freeze()
-    is_served = _serve_once(channel, keeper)
-    if is_served and preload is None:
+    is_complete = preload is not None
+    while _serve_once(channel, keeper):
         select.select([channel], [], [], QUIET_S)
-        _worker.complete(by_value=True)
-        gc.freeze()
-    while is_served:
-        is_served = _serve_once(channel, keeper)
+        if not is_complete:
+            is_complete = True
+            _worker.complete(by_value=True)
+            gc.freeze()
 
 
 def _serve_once(channel: _socket.socket, keeper: int) -> bool:
-    """One launch.  False: there are no more, or its process was killed."""
-    try:
-        answer = _through_a_child(channel, keeper)
-    except OSError as error:
-        data, fds = receive(channel)
-        for fd in fds:
-            os.close(fd)
-        answer = data and _refusal(error)
-    if answer:
-        channel.send(answer)
-    return bool(answer)
-
-
-def _through_a_child(channel: _socket.socket, keeper: int) -> bytes:
-    """The answer, when the child has ended and the keeper is the worker's parent; ``OSError``: there is no child."""
+    """Fork one in advance, and wait until it has become a worker, or has died.  False: there are no more launches."""
     read, write = os.pipe()
     try:
-        between = os.fork()
-        if between == 0:
-            _be_between(channel, write, keeper)
-        os.waitpid(between, 0)
-        os.set_blocking(read, False)
-        try:
-            return os.read(read, ANSWER_BYTES)
-        except BlockingIOError:
-            return b""
+        is_there = _fork_in_advance(channel, write, keeper)
+        os.close(write)
+        if not is_there:
+            return _refuse(channel)
+        if os.read(read, 1) == BEGUN:
+            return True
+        select.select([channel], [], [])  # it was killed: the next one is forked when there is a launch for it
+        return not _is_closed(channel)
     finally:
         os.close(read)
-        os.close(write)
 
 
-def _be_between(channel: _socket.socket, write: int, keeper: int) -> NoReturn:
-    """Returns neither here nor in the worker."""
+def _fork_in_advance(channel: _socket.socket, write: int, keeper: int) -> bool:
+    """By a child that ends at once, so that the keeper, which adopts orphans, becomes its parent."""
     try:
-        linux.end_with_parent()
+        between = os.fork()
+    except OSError:
+        return False
+    if between:
+        return os.waitpid(between, 0)[1] == 0
+    code = 1
+    try:
+        if os.fork() == 0:
+            _wait_and_live(channel, write, keeper)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _wait_and_live(channel: _socket.socket, write: int, keeper: int) -> NoReturn:
+    try:
+        linux.be_called(b"safepool-spare")
+        _newborn.be_adopted(keeper)
+        _say(channel, "spare", os.getpid())
         data, fds = receive(channel)
         if data:
-            os.write(write, _fork_worker(data, fds, keeper))
+            os.write(write, BEGUN)
+            family, body = marshal.loads(data)
+            _newborn.belong(family)
+            _say(channel, "forked", os.getpid())
+            _newborn.live(body, fds)
     finally:
         os._exit(0)
 
 
-def _fork_worker(data: bytes, fds: list[int], keeper: int) -> bytes:
+def _refuse(channel: _socket.socket) -> bool:
+    data, fds = receive(channel)
+    for fd in fds:
+        os.close(fd)
+    if data:
+        _say(channel, "failed", "the system refused to fork")
+    return bool(data)
+
+
+def _say(channel: _socket.socket, word: str, what: Any) -> None:
+    channel.send(marshal.dumps((word, what)))
+
+
+def _is_closed(channel: _socket.socket) -> bool:
     try:
-        pid = os.fork()
-    except OSError as error:
-        return _refusal(error)
-    if pid == 0:
-        family, body = marshal.loads(data)
-        _newborn.live(family, body, fds, keeper)
-    return marshal.dumps(("forked", pid))
-
-
-def _refusal(error: OSError) -> bytes:
-    return marshal.dumps(("failed", f"the system refused to fork: {error}"))
+        return not channel.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def _load(path: list[str], environ: dict[str, str], names: tuple[str, ...]) -> str:

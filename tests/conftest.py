@@ -23,8 +23,8 @@ SHARED = Path("/dev/shm")
 OURS_IN_SHARED = ("sem.mp-", "sem.loky-", "pym-", "psm_", "loky", "safepool")
 #: Processes that multiprocessing and loky start once and keep as long as the program runs.
 HELPERS = ("multiprocessing.forkserver", "resource_tracker", "semaphore_tracker")
-#: And safepool: one keeper, and the process that it forks workers from.
-KEPT = ("safepool-keeper", "safepool-zygote")
+#: And safepool: one keeper, the process that workers are forked from, and the one that is forked in advance.
+KEPT = ("safepool-keeper", "safepool-zygote", "safepool-spare")
 CONTEXTS = ("default", "fork", "spawn", "forkserver")
 
 

@@ -1,0 +1,39 @@
+"""Messages between a program, its keeper and what the keeper starts: one packet each, with descriptors.
+
+Whatever ``marshal`` takes; both sides are the same interpreter.
+"""
+
+from __future__ import annotations
+
+import _socket
+import marshal
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+MOST_BYTES = 1 << 17
+MOST_FDS = 64
+#: How a new interpreter finds the package, wherever it is: its home is the first argument.
+BACK = "import sys; sys.path.insert(0, sys.argv[1]); import safepool; sys.path.pop(0); "
+
+
+def send(channel: _socket.socket, words: Any, fds: Any = ()) -> bool:
+    """False: nobody is there, or nobody reads."""
+    rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds))]
+    try:
+        channel.sendmsg([marshal.dumps(words)], rights if fds else [], _socket.MSG_DONTWAIT)
+    except OSError:
+        return False
+    return True
+
+
+def receive(channel: _socket.socket) -> tuple[bytes, list[int]]:
+    """One message and its descriptors; an empty one: nobody is there any more.  May raise ``BlockingIOError``."""
+    try:
+        data, rights, _, _ = channel.recvmsg(MOST_BYTES, _socket.CMSG_SPACE(4 * MOST_FDS), _socket.MSG_CMSG_CLOEXEC)
+    except ConnectionError:
+        return b"", []
+    fds = b"".join(content for _, _, content in rights)
+    return data, [int.from_bytes(fds[at : at + 4], sys.byteorder) for at in range(0, len(fds) // 4 * 4, 4)]
