@@ -386,7 +386,24 @@ def launch(
         environ = dict(os.environ)
         key = f"{','.join(policy.preload)} {hash(tuple(environ.items()))}"
         preload = told["path"], environ, policy.preload
-    return keeper.launch(told, key, preload, leave=policy.leftovers == "leave", named=named, more=more)
+    process = keeper.launch(told, key, preload, leave=policy.leftovers == "leave", named=named, more=more)
+    if told["number"] == 1:  # not before there is a worker: nobody waits for this
+        with suppress(RuntimeError):
+            threading.Thread(target=_end_abandoned, name="safepool-sweep", daemon=True).start()
+    return process
+
+
+def _end_abandoned() -> None:
+    """What an earlier program of this user has left that was killed together with its keeper."""
+    from . import _sweeping
+
+    for entry, found in _sweeping.end_abandoned(SWEEP_LIMIT_S):
+        words = (
+            f"{pid} ({command}), {'ended' if allowed else 'which belongs to another user and goes on'}"
+            for pid, (command, allowed) in found.items()
+        )
+        whose = f"{entry.facts.get('user')} ({entry.facts.get('command')})"
+        tell(WARNING, "safepool: process %s was killed together with its keeper and left: %s", whose, "; ".join(words))
 
 
 def _cwd() -> str:

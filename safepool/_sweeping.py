@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from time import monotonic, sleep
 
-from . import _tags
+from . import _registry, _tags
 from ._os import linux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
+
+    from ._registry import Entry
+
+    Found = dict[int, tuple[str, bool]]  # pid -> (command line, may it be signalled)
 
 EMPTY_ROUNDS = 2  # in a row: then nobody is left
 LOOK_AGAIN_S = 0.002
@@ -34,9 +38,9 @@ def members(number: int) -> Iterator[int]:
             yield pid
 
 
-def end_family(number: int, limit_s: float) -> dict[int, tuple[str, bool]]:
-    """Kill all members, to two empty rounds, for at most ``limit_s``; pid -> (command line, was it allowed)."""
-    found: dict[int, tuple[str, bool]] = {}
+def end_family(number: int, limit_s: float) -> Found:
+    """Kill all members, to two empty rounds, for at most ``limit_s``."""
+    found: Found = {}
     end = monotonic() + limit_s
     empty = 0
     while empty < EMPTY_ROUNDS and monotonic() < end:
@@ -51,3 +55,28 @@ def end_family(number: int, limit_s: float) -> dict[int, tuple[str, bool]]:
         if empty < EMPTY_ROUNDS:
             sleep(LOOK_AGAIN_S)
     return found
+
+
+def end_abandoned(limit_s: float) -> Iterator[tuple[Entry, Found]]:
+    """End the families of keepers that were killed together with their programs, each within ``limit_s``.
+
+    The files of those that have nobody left are removed, and nothing is said of them.  Keepers within the tasks of
+    others are passed over: whoever keeps the outer family ends them with it, and their numbers are used again.
+    """
+    free = {entry.number: entry for entry in _registry.entries() if entry.is_free}
+    alive = _families_alive(free)
+    for number, entry in free.items():
+        if entry.is_of_this_boot and number in alive:
+            found = end_family(number, limit_s)
+            if found:
+                yield entry, found
+            if any(members(number)):
+                continue
+        _registry.withdraw(entry.path)
+
+
+def _families_alive(numbers: Container[int]) -> set[int]:
+    """Those that have members, of outermost keepers; one look at the machine, however many there are."""
+    tags = filter(None, map(linux.tag_of, linux.processes()))
+    found = {_tags.outermost(hard) for soft, hard in tags if not _tags.is_left_on_purpose((soft, hard))}
+    return {number for number in found if number in numbers}

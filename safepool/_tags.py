@@ -47,6 +47,11 @@ def owner(keeper: int, tag: Tag) -> int | None:
     return keeper - (below >> step << step)
 
 
+def outermost(hard: int) -> int:
+    """The number of the keeper within whose family all keepers above this tag are."""
+    return -(-hard >> WIDTHS[0]) << WIDTHS[0]
+
+
 def is_left_on_purpose(tag: Tag | None) -> bool:
     return tag is not None and tag[0] == LEFT_ON_PURPOSE
 

@@ -1,4 +1,4 @@
-"""``safepool clean`` ends what is ours and was left by everybody, and nothing else."""
+"""``safepool clean``, and the next program, end what is ours and was left by everybody, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -15,55 +17,122 @@ from tests.support import LIMIT_S, is_gone, until
 
 pytestmark = pytest.mark.skipif("keeper" not in CAPABILITIES, reason="there is no keeper here")
 
+# A task that leaves a daemon, and then does not end; both pids go to files, whole or not at all.
 USER = """
 import os, subprocess, sys, time
 from safepool import SafePoolExecutor, _keep
 
+def tell(name, pid):
+    with open(f"{name}.part", "w") as file:
+        file.write(str(pid))
+    os.rename(f"{name}.part", name)
+
 def leave():
-    command = [sys.executable, "-c", "import os, time; os.setsid(); print(os.getpid(), flush=True); time.sleep(60)"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, env={})
-    print("left", child.stdout.readline().decode().strip(), flush=True)
+    command = [sys.executable, "-c", "import os, time; os.setsid(); time.sleep(60)"]
+    tell("orphan", subprocess.Popen(command, env={}).pid)
     time.sleep(60)
 
-pool = SafePoolExecutor(1)
-future = pool.submit(leave)
-while _keep.keeper_pid() is None or future.worker_pid is None:
+future = SafePoolExecutor(1).submit(leave)
+for _ in range(1000):
+    if _keep.keeper_pid() is not None:
+        break
     time.sleep(0.01)
-print("keeper", _keep.keeper_pid(), flush=True)
-future.result()
+tell("keeper", _keep.keeper_pid())
+future.exception(60)
+"""
+NEXT = """
+import logging, time
+from safepool import SafePoolExecutor
+logging.basicConfig(format="%(message)s")
+with SafePoolExecutor(1) as pool:
+    assert pool.submit(abs, -1).result(20) == 1
+    time.sleep(float({seconds!r}))
 """
 
 
-def _clean(environ: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "safepool", "clean", *words]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+class Program(NamedTuple):
+    """One that is about to be killed with its keeper."""
+
+    user: subprocess.Popen[bytes]
+    keeper: int
+    orphan: int
+    folder: Path
+    environ: dict[str, str]
+
+    def kill(self) -> None:
+        """Both at once: neither may clean up after the other."""
+        self.user.send_signal(signal.SIGSTOP)
+        os.kill(self.keeper, signal.SIGKILL)
+        self.user.kill()
+        self.user.wait(LIMIT_S)
+        until(lambda: is_gone(self.keeper), "the end of the keeper")
+
+    def clean(self, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "safepool", "clean", *words]
+        return subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=LIMIT_S)
+
+    def files(self) -> list[Path]:
+        return [*self.folder.glob("safepool/*")]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    environ = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    user = subprocess.Popen([sys.executable, "-c", USER], env=environ, cwd=tmp_path)
+    try:
+        keeper, orphan = tmp_path / "keeper", tmp_path / "orphan"
+        until(lambda: keeper.exists() and orphan.exists(), "the program has left something")
+        yield Program(user, int(keeper.read_text()), int(orphan.read_text()), tmp_path, environ)
+    finally:
+        user.kill()
+        user.wait(LIMIT_S)
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    """With the command line of the orphan."""
+    process = subprocess.Popen([sys.executable, "-c", "import os, time; os.setsid(); time.sleep(60)"])
+    yield process
+    process.kill()
+    process.wait(LIMIT_S)
 
 
 @pytest.mark.parametrize("level", ["terminate", "kill"])
-def test_clean_ends_what_user_and_keeper_have_left(tmp_path: Path, level: str) -> None:
-    """Both were killed at once: a dry run names the orphan and spares it, and ``--end`` ends it, not a bystander."""
-    environ = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
-    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    user = subprocess.Popen([sys.executable, "-c", USER], env=environ, stdout=subprocess.PIPE, text=True)
-    try:
-        assert user.stdout is not None
-        told = dict(user.stdout.readline().split() for _ in range(2))
-        orphan = int(told["left"])
-        assert "nothing is left" in _clean(environ).stdout  # the keeper lives: nothing is touched
-        user.send_signal(signal.SIGSTOP)  # it may not clean up itself
-        os.kill(int(told["keeper"]), signal.SIGKILL)
-        user.kill()
-        user.wait(LIMIT_S)
-        assert str(orphan) in _clean(environ).stdout
-        assert not is_gone(orphan)
-        done = _clean(environ, "--end", level)
-        assert done.returncode == 0, done.stdout + done.stderr
-        until(lambda: is_gone(orphan), "the end of the orphan")
-        assert bystander.poll() is None
-        assert "nothing is left" in _clean(environ).stdout
-    finally:
-        for process in (user, bystander):
-            process.kill()
-            process.wait(LIMIT_S)
-        if user.stdout is not None:
-            user.stdout.close()
+def test_clean_ends_what_user_and_keeper_have_left(
+    program: Program, bystander: subprocess.Popen[bytes], level: str
+) -> None:
+    """A dry run names the orphan and spares it, ``--end`` ends it; a living program and a bystander are not touched."""
+    assert "nothing is left" in program.clean().stdout
+    assert not is_gone(program.orphan)
+    program.kill()
+    assert str(program.orphan) in program.clean().stdout
+    assert not is_gone(program.orphan)
+    done = program.clean("--end", level)
+    assert done.returncode == 0, done.stdout + done.stderr
+    until(lambda: is_gone(program.orphan), "the end of the orphan")
+    assert bystander.poll() is None
+    assert "nothing is left" in program.clean().stdout
+    assert program.files() == []
+
+
+def test_the_next_program_ends_what_user_and_keeper_have_left(
+    program: Program, bystander: subprocess.Popen[bytes]
+) -> None:
+    """While the first program lives nothing of it is touched; when it was killed the next one names what it ends."""
+    while_it_lives = _run_next(program, seconds=1.0)
+    assert while_it_lives.stderr == ""
+    assert not is_gone(program.orphan)
+    program.kill()
+    afterwards = _run_next(program, seconds=2.0)
+    until(lambda: is_gone(program.orphan), "the end of the orphan")
+    assert f"process {program.user.pid} " in afterwards.stderr
+    assert f"{program.orphan} (" in afterwards.stderr
+    assert bystander.poll() is None
+    assert program.files() == []
+
+
+def _run_next(program: Program, seconds: float) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", NEXT.format(seconds=seconds)]
+    done = subprocess.run(command, env=program.environ, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    return done
