@@ -267,8 +267,10 @@ class Keeper:
         self._let_go(key, zygote)
         if waiting:
             plain = self._zygotes.get(PLAIN) or self._add_zygote(PLAIN, None)
-            for ward, _, _ in waiting:
-                ward.tell("note", self._unfit.get(key, ""))
+            why = self._unfit.get(key)
+            if why:
+                waiting[0][0].tell("note", why)
+                self._unfit[key] = ""
             plain.waiting += waiting
             self._next_launch(plain)
 

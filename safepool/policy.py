@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from ._shapes import frozen, replace
 
@@ -129,10 +130,10 @@ def as_preload(value: Any) -> tuple[str, ...] | None:
     """Names of modules, each once."""
     if value is None:
         return None
-    names = () if isinstance(value, str) else tuple(dict.fromkeys(value))
-    if isinstance(value, str) or not all(isinstance(name, str) and name for name in names):
+    names: list[Any] = [None] if isinstance(value, str) or not isinstance(value, Iterable) else [*dict.fromkeys(value)]
+    if not all(isinstance(name, str) and name for name in names):
         raise TypeError(f"preload must be a sequence of module names; got {value!r}")
-    return names
+    return tuple(names)
 
 
 def as_retry(value: Any) -> Retry | tenacity.Retrying | None:
