@@ -67,6 +67,7 @@ TASK_ENDS = {
 }
 TRIGGERS = (*TASK_ENDS, *USER_ENDS)
 NEED_KEEPER = ("keeper SIGKILL", "keeper then user", "keeper and user")
+WITH_CHILDREN = ("keeper SIGKILL", "keeper then user")  # the same, and workers must be its children
 LEAKS = ("pools_dropped", "workers_killed", "keepers_killed")
 
 
@@ -86,14 +87,15 @@ class Case:
 
     @property
     def must_hold(self) -> bool:
-        """Workers that are forked from the user's own process have no keeper.
+        """With the keeper gone somebody has to look for the family, and two of them may outrun that.
 
-        And with the keeper gone somebody has to look for the family, and two of them may outrun that.
+        So it is always where workers are forked from the user's own process: their orphans are not the keeper's, and
+        they may be there before the keeper is known to others.
         """
-        if self.start == "fork":
+        looks = self.trigger in ("keeper SIGKILL", "keeper and user") and self.isolation == "none"
+        if self.start == "fork" and self.trigger == "keeper and user":
             return False
-        sweeps = self.trigger in ("keeper SIGKILL", "keeper and user") and self.isolation == "none"
-        return not (sweeps and SHAPES[self.shape].outruns)
+        return not ((looks or self.start == "fork") and SHAPES[self.shape].outruns)
 
     def __str__(self) -> str:
         words = [self.shape, self.trigger, self.start, *([] if self.uid is None else [f"uid {self.uid}"])]
@@ -412,7 +414,9 @@ def not_offered(case: Case) -> str | None:
     parameters = inspect.signature(safepool.SafePoolExecutor).parameters
     if case.isolation != "none" and "isolation" not in parameters:
         return "the pool has no isolation"
-    if case.trigger in NEED_KEEPER and (case.start == "fork" or find_spec("safepool._keep") is None):
+    if case.trigger in WITH_CHILDREN and case.start == "fork":
+        return "workers are not children of the keeper"
+    if case.trigger in NEED_KEEPER and find_spec("safepool._keep") is None:
         return "the pool has no keeper"
     if case.trigger == "keeper and user" and case.isolation == "none" and not _has_clean():
         return "there is no safepool clean"

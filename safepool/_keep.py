@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from . import _os, _tags
 from ._log import WARNING, tell
 from ._os import linux
-from ._packets import BACK, MOST_BYTES, MOST_FDS, receive
+from ._packets import BACK, IGNORED, MOST_BYTES, MOST_FDS, receive
+from ._shapes import NamedTuple
 
 if TYPE_CHECKING:
     from .policy import Isolation, LaunchPolicy
@@ -191,7 +192,8 @@ class Keeper:
         command = [*_interpreter(), "-c", f"{BACK}from safepool._keeper import main; main(*map(int, sys.argv[2:6]))"]
         words = [_home(), str(number), str(os.getpid()), str(self._number), str(int(self._isolation is not None))]
         actions = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), number)]
-        return os.posix_spawn(command[0], [*command, *words], os.environ, file_actions=actions, setsigmask=[])
+        # What it will ignore is held back until it does: Ctrl-C reaches it too.
+        return os.posix_spawn(command[0], [*command, *words], os.environ, file_actions=actions, setsigmask=IGNORED)
 
     def is_usable(self) -> bool:
         """It lives, and is the user's whom this process is now."""
@@ -306,6 +308,8 @@ def _home() -> str:
 _keepers: dict[Isolation, Keeper] = {}
 _lock = threading.Lock()
 _launches = itertools.count(1)
+_forks = itertools.count(1)
+_forked: set[int] = set()  # families of workers that this process has forked and that live
 
 
 def keeper_pids() -> set[int]:
@@ -406,6 +410,38 @@ def _end_abandoned() -> None:
         tell(WARNING, "safepool: process %s was killed together with its keeper and left: %s", whose, "; ".join(words))
 
 
+class Fork(NamedTuple):
+    """What a worker must wear that this process forks itself, so that the keeper can end what it leaves."""
+
+    number: int  # of the keeper
+    family: int
+    policy: str  # for what tasks leave
+
+
+def next_fork(policy: LaunchPolicy) -> Fork | None:
+    """None: there are no tags to be had.  Raises ``OSError`` if no keeper can be started."""
+    number = _keeper(None)._number
+    if not number:
+        return None
+    while (family := _tags.of_worker(number, next(_forks), forked=True)) in _forked:
+        pass
+    _forked.add(family)
+    return Fork(number, family, policy.leftovers)
+
+
+def watch(fork: Fork, pidfd: int) -> None:
+    """Have the family ended when this process is dead."""
+    keeper = _keepers.get(None)
+    if keeper is not None and keeper._number == fork.number:
+        with suppress(OSError):  # it has ended, and so will all that wear its number
+            keeper._send(("watch", fork.family, fork.policy == "leave"), [pidfd])
+
+
+def forget(fork: Fork) -> None:
+    """Its worker is dead."""
+    _forked.discard(fork.family)
+
+
 def _cwd() -> str:
     try:
         return os.getcwd()
@@ -419,6 +455,7 @@ def _let_go_in_child() -> None:
     for keeper in _keepers.values():
         os.close(keeper._pidfd)
     _keepers.clear()
+    _forked.clear()
     _lock = threading.Lock()
 
 

@@ -10,7 +10,8 @@ Guarantees:
 It has one thread, waits without a limit only for all that it hears at once, and imports next to nothing.
 
 On its control channel, with descriptors, it hears ``("launch", key, preload, leave, body)`` and
-``("replace", key)``, a zygote that does not answer.  On the status channel of each worker it says ``("note", why)``,
+``("replace", key)``, a zygote that does not answer, and ``("watch", family, leave)`` with a descriptor of a worker that
+the program has forked itself.  On the status channel of each worker it says ``("note", why)``,
 that its preload could not be used, ``("started", pid)`` with a descriptor of the process, ``("failed", why)`` and
 ``("exited", status, peak KiB, leftovers)``.  A worker asks it to ``"sweep"`` its family,
 to ``"look"`` at it or to ``"spare"`` what is there now, and is answered with leftovers.
@@ -28,7 +29,7 @@ from time import monotonic
 from . import _families
 from ._families import Families
 from ._os import linux
-from ._packets import receive, send
+from ._packets import IGNORED, receive, send
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ LOOK_AGAIN_S = 0.02
 LAST_LOOK_S = 5.0  # that is given to what may not be signalled, at the end of everything
 MOST_ZYGOTES = 4
 PLAIN = ""  # the key of the zygote that has loaded nothing of the user's
-IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGTSTP, _signal.SIGUSR1)
 
 
 class OwnerGone(Exception):
@@ -86,9 +86,10 @@ class Zygote:
 class Keeper:
     """See the head of this file."""
 
-    def __init__(self, control: _socket.socket, owner: int, families: Families) -> None:
+    def __init__(self, control: _socket.socket, owner: int, number: int | None) -> None:
         self._control = control
-        self._families = families
+        self._number = number  # its tag
+        self._families = Families(number)
         self._zygotes: dict[str, Zygote] = {}
         self._unfit: dict[str, str] = {}  # preloads that cannot be forked, and why
         self._wards: dict[int, Ward] = {}  # by pid
@@ -147,6 +148,8 @@ class Keeper:
                 self._launch(more, fds)
             elif word == "replace" and more[0] in self._zygotes:
                 _families.kill(self._zygotes[more[0]].pid)
+            elif word == "watch":
+                self._watch(more[0], leave=more[1], pidfd=fds.pop())
         except (OSError, IndexError):
             pass  # short of descriptors or processes: the user's side sees its channel closed, and tries again
         finally:
@@ -295,6 +298,32 @@ class Keeper:
         ward.tell("started", pid, fd=pidfd)
         os.close(pidfd)
 
+    # ------------------------------------------- workers that the user's process forks
+
+    def _watch(self, family: int, *, leave: bool, pidfd: int) -> None:
+        self._hear(pidfd, lambda: self._on_forked_end(family, leave, pidfd))
+
+    def _on_forked_end(self, family: int, leave: bool, pidfd: int) -> None:
+        """It is not ours to wait for, and what it leaves are not our children: looking for them takes a process."""
+        self._unhear(pidfd)
+        os.close(pidfd)
+        if leave or self._number is None:
+            return
+        try:
+            child = os.fork()
+        except OSError:
+            return  # it ends with the program
+        if child:
+            self._families.not_orphans.add(child)
+            return
+        try:
+            linux.end_with_parent()
+            from . import _sweeping
+
+            _sweeping.ForkedWorker(self._number, family, 0).end()
+        finally:
+            os._exit(0)
+
     # --------------------------------------------------------- the dead, and tasks that end
 
     def _reap(self) -> None:
@@ -352,9 +381,18 @@ class Keeper:
                 pass
             there, may_not = self._families.kill_all()
             if not there or (there == may_not and monotonic() >= until):
-                return
+                break
             if select.select([self._awake], [], [], LOOK_AGAIN_S)[0]:
                 self._on_awake()
+        if self._number is not None:
+            _end_by_tag(self._number)
+
+
+def _end_by_tag(number: int) -> None:
+    """What never was our child: workers that the user's process forked, and what somebody else has adopted."""
+    from . import _sweeping
+
+    _sweeping.end_family(number, LAST_LOOK_S)
 
 
 def _is_own_child(pid: int) -> bool:
@@ -402,14 +440,16 @@ def main(control: int, owner: int, number: int, isolated: int) -> None:
     for signal in IGNORED:
         _inherited[signal] = _signal.signal(signal, _signal.SIG_IGN)
     _inherited[_signal.SIGCHLD] = _signal.SIG_DFL
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
     os.setsid()
     _files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (_files[1], _files[1]))
     try:
         owner_fd = os.pidfd_open(owner)
     except ProcessLookupError:
-        return
-    if os.getppid() != owner:
+        owner_fd = -1
+    if os.getppid() != owner or owner_fd < 0:
+        _end_by_tag(number)  # it forked workers itself, perhaps, while we were on our way
         return
     try:
         linux.wear((number, number))
@@ -423,16 +463,12 @@ def main(control: int, owner: int, number: int, isolated: int) -> None:
         _isolation.enter(channel)
     else:
         linux.adopt_orphans()
-    keeper = Keeper(channel, owner_fd, Families(number or None))
+    keeper = Keeper(channel, owner_fd, number or None)
     _let_go_of_streams()
-    keeper.start()
-    _keep_registered(keeper, number, owner, command)
-
-
-def _keep_registered(keeper: Keeper, number: int, owner: int, command: str) -> None:
     from . import _registry
 
     path = _registry.claim(number, owner, command) if number else None
+    keeper.start()
     keeper.run()
     if path is not None:
         _registry.withdraw(path)

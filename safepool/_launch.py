@@ -7,6 +7,7 @@ time.  It may block: it is called on a thread of its own.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -18,7 +19,7 @@ from ._worker import Setup
 from .policy import LaunchPolicy
 
 if TYPE_CHECKING:
-    from ._keep import KeptProcess
+    from ._keep import Fork, KeptProcess
 
 PLAIN = LaunchPolicy()
 SMALL_BYTES = 1 << 15  # set-ups that go to the keeper with the rest of what it is told
@@ -64,16 +65,19 @@ class LastWords(NamedTuple):
 class ContextWorker:
     """A worker that a start context of multiprocessing's made."""
 
-    def __init__(self, process: Any, greeting: bytes = b"") -> None:
+    def __init__(self, process: Any, greeting: bytes = b"", fork: Fork | None = None) -> None:
         self.process = process
         self.greeting = greeting
         self.pid: int = process.pid
         self._is_gone = False
         self._fd: int | None = None
+        self._fork = fork
         try:
             self._fd = _os.watch(self.pid)
         except ProcessLookupError:
             self._is_gone = True
+        if fork is not None and self._fd is not None:
+            _keeping().watch(fork, self._fd)
 
     def fileno(self) -> int | None:
         return self._fd
@@ -116,6 +120,8 @@ class ContextWorker:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+        if self._fork is not None:
+            _keeping().forget(self._fork)
 
     def __repr__(self) -> str:
         return f"<ContextWorker {self.pid} exitcode={self.exitcode()}>"
@@ -188,13 +194,16 @@ class ContextLauncher:
     ``zygote``: fork them from a server of safepool's own.
     """
 
-    def __init__(self, context: Any, name: str = "safepool", *, zygote: bool = False) -> None:
+    def __init__(
+        self, context: Any, name: str = "safepool", *, zygote: bool = False, policy: LaunchPolicy | None = None
+    ) -> None:
         if context.Process is multiprocessing.Process:  # the module itself: it has a context behind it
             context = context.get_context()
         self.method: str = context.get_start_method(allow_none=False)
         self._make = _contexts.process_class(context, self.method, zygote=zygote)
         self._name = name
         self._count = 0
+        self._policy = policy if self.method == "fork" and "keeper" in _os.CAPABILITIES else None
 
     def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess:
         """Start one worker on its ends of these sockets.  Raises what the start context raises."""
@@ -211,7 +220,9 @@ class ContextLauncher:
                 inherited = _ByValue(setup)
         self._count += 1
         name = f"{self._name}-worker-{self._count}"
-        process = self._make(target=_worker.main, args=(channel, tickets, inherited), name=name)
+        fork = None if self._policy is None else _keeping().next_fork(self._policy)
+        life = _worker.main if fork is None else functools.partial(_live_forked, fork)
+        process = self._make(target=life, args=(channel, tickets, inherited), name=name)
         try:
             process.start()
         except RuntimeError:
@@ -220,10 +231,27 @@ class ContextLauncher:
             if self.method != "fork":
                 raise
             return launcher_of(None, self._name).launch(channel, tickets, setup)
-        return ContextWorker(process, greeting)
+        return ContextWorker(process, greeting, fork)
 
     def __repr__(self) -> str:
         return f"<ContextLauncher {self.method}>"
+
+
+def _keeping() -> Any:
+    # With what forked workers need: they must not import after a fork, another thread may have held a lock of that.
+    from . import _keep, _leftovers, _sweeping  # noqa: F401
+
+    return _keep
+
+
+def _live_forked(fork: Fork, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> None:
+    """In a worker that the user's process forked: wear the tag by which the keeper knows its family, then work."""
+    from . import _leftovers, _sweeping
+    from ._os import linux
+
+    linux.wear((fork.family, fork.number))
+    family = _sweeping.ForkedWorker(fork.number, fork.family, os.getpid())
+    _worker.main(channel, tickets, setup, _leftovers.Leftovers(family, fork.policy))
 
 
 class _ByValue:
@@ -305,7 +333,7 @@ def launcher_of(context: Any, name: str, policy: LaunchPolicy = PLAIN) -> Contex
     if policy.isolation is not None:
         raise ValueError(f"isolation={policy.isolation!r} needs Linux, and a start method other than fork")
     if context is not None:
-        return ContextLauncher(context, name)
+        return ContextLauncher(context, name, policy=policy)
     if "forkserver" in multiprocessing.get_all_start_methods():
         return ContextLauncher(multiprocessing.get_context("forkserver"), name, zygote=True)
     from loky.backend.context import get_context

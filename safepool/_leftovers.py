@@ -4,7 +4,8 @@ A task cannot have made a process without one of these: this worker has a child,
 one since the last look; or it ignores the deaths of its children.  Two system calls tell, and none are made after
 tasks that were too short to make a process at all.
 
-Own children are ended here; what has lost its parent is the keeper's, which is asked to end it.
+Own children are ended here; what has lost its parent is the keeper's, which is asked to end it.  (A worker that was
+forked from the user's process has no keeper for a parent, and looks for what it left itself.)
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import _socket
     import signal as _signal
 
+    from ._sweeping import ForkedWorker
+
     Leftover = tuple[int, str, bool]  # pid, command line, is it gone
 else:
     import _signal
@@ -42,21 +45,40 @@ HELPERS = (
 )
 
 
-class Leftovers:
-    """``policy``: "kill" what a task leaves, only "report" it, or "leave" it alone."""
+class AtKeeper:
+    """The keeper, as it is asked by the worker at the other end of this channel."""
 
-    def __init__(self, keeper: _socket.socket, policy: str) -> None:
-        self._keeper = keeper
+    def __init__(self, channel: _socket.socket) -> None:
+        self._channel = channel
+        channel.settimeout(ANSWER_LIMIT_S)
+
+    def ask(self, word: str) -> list[Leftover]:
+        """``word``: "sweep" the orphans of this family, only "look", or "spare" what there are now."""
+        try:
+            self._channel.send(word.encode())
+            found: list[Leftover] = marshal.loads(self._channel.recv(MOST_BYTES))
+            return found
+        except (OSError, EOFError, ValueError):
+            return []  # it has ended, and so will this worker
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class Leftovers:
+    """``orphans`` ends what has lost its parent; ``policy``: "kill" what a task leaves, "report" it or "leave" it."""
+
+    def __init__(self, orphans: AtKeeper | ForkedWorker, policy: str) -> None:
+        self._orphans = orphans
         self._policy = policy
         self._spared: set[int] = set()
         self._waited_for = _waited_for()
-        keeper.settimeout(ANSWER_LIMIT_S)
 
     def spare(self) -> None:
         """What the initializer started stays until the worker ends."""
         if self._are_possible():
             self._spared.update(linux.children())
-            self._ask("spare")
+            self._orphans.ask("spare")
 
     def look(self, run_s: float) -> list[Leftover]:
         """What the task left that has just run for ``run_s`` seconds; with "kill" it is gone when this returns."""
@@ -70,12 +92,12 @@ class Leftovers:
             self._spared.update(own)
         else:
             found += _end(own)
-        found += self._ask("sweep" if self._policy == "kill" else "look")
+        found += self._orphans.ask("sweep" if self._policy == "kill" else "look")
         self._waited_for = _waited_for()
         return found
 
     def close(self) -> None:
-        self._keeper.close()
+        self._orphans.close()
 
     def _are_possible(self) -> bool:
         try:
@@ -83,14 +105,6 @@ class Leftovers:
         except ChildProcessError:
             return self._waited_for != _waited_for() or _signal.getsignal(_signal.SIGCHLD) == _signal.SIG_IGN
         return True
-
-    def _ask(self, word: str) -> list[Leftover]:
-        try:
-            self._keeper.send(word.encode())
-            found: list[Leftover] = marshal.loads(self._keeper.recv(MOST_BYTES))
-            return found
-        except (OSError, EOFError, ValueError):
-            return []  # it has ended, and so will this worker
 
 
 def _waited_for() -> int:

@@ -121,7 +121,7 @@ def _live(told: dict[str, Any], fds: list[int]) -> int:
     _own_random_state()
     channel = _socket.socket(fileno=named["channel"])
     tickets = _socket.socket(fileno=named["tickets"]) if "tickets" in named else None
-    leftovers = _leftovers.Leftovers(_socket.socket(fileno=fds[0]), told["leftovers"])
+    leftovers = _leftovers.Leftovers(_leftovers.AtKeeper(_socket.socket(fileno=fds[0])), told["leftovers"])
     _worker.main(channel, tickets, told["setup"], leftovers)
     return _leave()
 

@@ -11,10 +11,15 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from typing import Any
+else:
+    import _signal
 
 MOST_BYTES = 1 << 17
 MOST_FDS = 64
+#: What the keeper ignores: whoever stops a program means the program.
+IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGTSTP, _signal.SIGUSR1)
 #: How a new interpreter finds the package, wherever it is: its home is the first argument.
 BACK = "import sys; sys.path.insert(0, sys.argv[1]); import safepool; sys.path.pop(0); "
 

@@ -1,4 +1,7 @@
-"""Ends the families of keepers that are gone: found by their tags, signalled by descriptors, never by a bare pid."""
+"""Ends families that have no keeper for a parent: found by tags, signalled by descriptors, never by a bare pid.
+
+Those of keepers that are gone, and those of workers that the user's own process forked.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ from ._os import linux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator
 
     from ._registry import Entry
 
     Found = dict[int, tuple[str, bool]]  # pid -> (command line, may it be signalled)
+    Leftover = tuple[int, str, bool]  # pid, command line, is it gone
 
 EMPTY_ROUNDS = 2  # in a row: then nobody is left
 LOOK_AGAIN_S = 0.002
+FAMILY_LIMIT_S = 1.0  # for the family of one worker to end
 
 
 def is_member(number: int, pid: int) -> bool:
@@ -40,15 +45,19 @@ def members(number: int) -> Iterator[int]:
 
 def end_family(number: int, limit_s: float) -> Found:
     """Kill all members, to two empty rounds, for at most ``limit_s``."""
+    return _end(lambda: members(number), lambda pid: signal_member(number, pid), limit_s)
+
+
+def _end(look: Callable[[], Iterable[int]], kill: Callable[[int], bool], limit_s: float) -> Found:
     found: Found = {}
     end = monotonic() + limit_s
     empty = 0
     while empty < EMPTY_ROUNDS and monotonic() < end:
         empty += 1
-        for pid in members(number):
+        for pid in look():
             if found.get(pid, ("", True))[1]:
                 found.setdefault(pid, (linux.words_of(pid), True))
-                if signal_member(number, pid):
+                if kill(pid):
                     empty = 0
                 else:
                     found[pid] = found[pid][0], False
@@ -80,3 +89,54 @@ def _families_alive(numbers: Container[int]) -> set[int]:
     tags = filter(None, map(linux.tag_of, linux.processes()))
     found = {_tags.outermost(hard) for soft, hard in tags if not _tags.is_left_on_purpose((soft, hard))}
     return {number for number in found if number in numbers}
+
+
+class ForkedWorker:
+    """The family of a worker that the user's process forked: what loses its parent there goes to nobody of ours.
+
+    So it is told by its tag, and by whether the worker is above it: what is not was left behind.
+    """
+
+    def __init__(self, number: int, family: int, pid: int) -> None:
+        """``pid``: the worker, or 0 when it is dead."""
+        self._number = number
+        self._family = family
+        self._pid = pid
+        self._spared: set[int] = set()
+
+    def ask(self, word: str) -> list[Leftover]:
+        """As the keeper is asked by the workers that are its children."""
+        if word == "spare":
+            self._spared.update(self._orphans())
+        elif word == "look":
+            return [(pid, linux.words_of(pid), False) for pid in self._orphans()]
+        else:
+            return [(pid, words, gone) for pid, (words, gone) in self.end().items()]
+        return []
+
+    def end(self) -> Found:
+        return _end(self._orphans, lambda pid: linux.signal_if(pid, lambda: self._is_member(pid)), FAMILY_LIMIT_S)
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def _is_member(self, pid: int) -> bool:
+        tag = linux.tag_of(pid)
+        if tag is None or _tags.is_left_on_purpose(tag):
+            return False
+        return _tags.owner(self._number, tag) == self._family
+
+    def _orphans(self) -> list[int]:
+        parents = {pid: linux.parent_of(pid) for pid in filter(self._is_member, linux.processes())}
+        return [
+            pid
+            for pid in parents
+            if pid not in self._spared and not self._is_below(pid, parents) and not linux.is_zombie(pid)
+        ]
+
+    def _is_below(self, pid: int | None, parents: dict[int, int | None]) -> bool:
+        for _ in parents:
+            if pid == self._pid or pid is None:
+                break
+            pid = parents.get(pid)
+        return pid == self._pid

@@ -29,11 +29,11 @@ def fresh(random: bytes, inherited_hard: int, inherited_soft: int) -> int | None
     return inherited_soft if FIRST <= inherited_soft <= inherited_hard < LAST else None
 
 
-def of_worker(keeper: int, launch: int) -> int:
-    """The soft limit of a keeper's worker; numbers are used again after thousands of launches."""
+def of_worker(keeper: int, launch: int, *, forked: bool = False) -> int:
+    """The soft limit of a keeper's worker, or of one that the user's process forked; used again after thousands."""
     depth = _depth(keeper)
-    most = (1 << WIDTHS[depth] - STEPS[depth]) - 1
-    return keeper - ((launch - 1) % most + 1 << STEPS[depth])
+    half = (1 << WIDTHS[depth] - STEPS[depth] - 1) - 1
+    return keeper - ((launch - 1) % half + 1 + half * forked << STEPS[depth])
 
 
 def owner(keeper: int, tag: Tag) -> int | None:

@@ -17,7 +17,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets
 LIMIT_S = 110.0
 AT_A_TIME = 2
 EVERY_SHAPE_MEETS = ("return", "worker SIGKILL", "user SIGKILL")
-KEPT_STARTS = [start for start in STARTS if start != "fork"]  # that has no keeper
 USUAL = {
     *(Case(shape, trigger) for shape in SHAPES for trigger in EVERY_SHAPE_MEETS),
     Case("cleared", "return at once"),
@@ -31,6 +30,10 @@ USUAL = {
     Case("child", "user Ctrl-C"),
     Case("daemon", "keeper then user"),
     Case("cleared", "keeper and user"),
+    Case("daemon", "return", "fork"),
+    Case("deaf", "worker SIGKILL", "fork"),
+    Case("bomb", "user SIGKILL", "fork"),
+    Case("daemon", "user Ctrl-C", "fork"),
     Case("cleared", "return", uid=NOBODY),
     Case("stopped", "worker SIGKILL", uid=NOBODY),
     Case("daemon", "user SIGKILL", uid=NOBODY),
@@ -38,7 +41,7 @@ USUAL = {
     Case("cleared", "keeper and user", uid=NOBODY),
 }
 ALL = [
-    *(Case(shape, trigger, start) for start in KEPT_STARTS for shape in SHAPES for trigger in TRIGGERS),
+    *(Case(shape, trigger, start) for start in STARTS for shape in SHAPES for trigger in TRIGGERS),
     *(Case(shape, trigger, uid=NOBODY) for shape in SHAPES for trigger in TRIGGERS),
     *(Case(shape, trigger, isolation="namespace") for shape in SHAPES for trigger in TRIGGERS),
     *(Case(shape, trigger, "default", NOBODY, "namespace") for shape in SHAPES for trigger in TRIGGERS),
