@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 def error_of(failure: Failure, future: SafeFuture, options: TaskOptions, pid: int | None) -> BaseException:
     """The exception that tells ``failure``; ``pid`` is that of the worker it names, if it names one."""
-    return _MAKERS[failure.kind](failure, future, options, pid)
+    error = _MAKERS[failure.kind](failure, future, options, pid)
+    if future.stacks and failure.worker is not None:
+        error.add_note(f"What worker process {pid} was doing when it was stopped:\n{future.stacks}")
+    return error
 
 
 def _died(failure: Failure, future: SafeFuture, options: TaskOptions, pid: int | None) -> BaseException:

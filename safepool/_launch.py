@@ -10,11 +10,14 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from . import _contexts, _os, _payload, _wire, _worker
+from . import _contexts, _os, _payload, _stacks, _wire, _worker
+from ._stacks import Stacks
 from ._worker import Setup
 from .policy import LaunchPolicy
 
@@ -51,6 +54,11 @@ class WorkerProcess(Protocol):
 
     def kill(self, *, hard: bool) -> None: ...
 
+    stacks: Stacks | None  #: where it writes what its threads are doing, if it was asked to be able to
+
+    def ask_stacks(self) -> None:
+        """Have it write them."""
+
     def release(self) -> None:
         """Give back the descriptors; the worker is dead, or given up."""
 
@@ -65,8 +73,11 @@ class LastWords(NamedTuple):
 class ContextWorker:
     """A worker that a start context of multiprocessing's made."""
 
-    def __init__(self, process: Any, greeting: bytes = b"", fork: Fork | None = None) -> None:
+    def __init__(
+        self, process: Any, greeting: bytes = b"", fork: Fork | None = None, stacks: Stacks | None = None
+    ) -> None:
         self.process = process
+        self.stacks = stacks
         self.greeting = greeting
         self.pid: int = process.pid
         self._is_gone = False
@@ -111,6 +122,11 @@ class ContextWorker:
         if not self._is_gone:
             _os.send_signal(self._fd, self.process, hard=hard)
 
+    def ask_stacks(self) -> None:
+        if self._fd is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, _stacks.SIGNAL)
+
     def release(self) -> None:
         # multiprocessing remembers its children, and with them two pipes each, until they are joined.
         if not self._is_closed():
@@ -122,6 +138,9 @@ class ContextWorker:
             self._fd = None
         if self._fork is not None:
             _keeping().forget(self._fork)
+        if self.stacks is not None:
+            self.stacks.close()
+            self.stacks = None
 
     def __repr__(self) -> str:
         return f"<ContextWorker {self.pid} exitcode={self.exitcode()}>"
@@ -130,8 +149,9 @@ class ContextWorker:
 class KeptWorker:
     """A worker that the keeper made."""
 
-    def __init__(self, process: KeptProcess, greeting: bytes) -> None:
+    def __init__(self, process: KeptProcess, greeting: bytes, stacks: Stacks | None = None) -> None:
         self.process = process
+        self.stacks = stacks
         self.greeting = greeting
         self.pid = process.pid
 
@@ -159,8 +179,14 @@ class KeptWorker:
         else:
             self.process.terminate()
 
+    def ask_stacks(self) -> None:
+        self.process.send_signal(_stacks.SIGNAL)
+
     def release(self) -> None:
         self.process.release()
+        if self.stacks is not None:
+            self.stacks.close()
+            self.stacks = None
 
     def __repr__(self) -> str:
         return f"<KeptWorker {self.process!r}>"
@@ -221,17 +247,22 @@ class ContextLauncher:
         self._count += 1
         name = f"{self._name}-worker-{self._count}"
         fork = None if self._policy is None else _keeping().next_fork(self._policy)
-        life = _worker.main if fork is None else functools.partial(_live_forked, fork)
+        stacks = Stacks() if fork is not None and self._policy is not None and self._policy.stacks else None
+        life = _worker.main if fork is None else functools.partial(_live_forked, fork, stacks)
         process = self._make(target=life, args=(channel, tickets, inherited), name=name)
         try:
             process.start()
-        except RuntimeError:
+        except BaseException as error:
+            if stacks is not None:
+                stacks.close()
+            if not isinstance(error, RuntimeError):
+                raise
             # Python 3.12 does not fork once the interpreter is exiting, and a worker may die while the
             # exit finishes the work.
             if self.method != "fork":
                 raise
             return launcher_of(None, self._name).launch(channel, tickets, setup)
-        return ContextWorker(process, greeting, fork)
+        return ContextWorker(process, greeting, fork, stacks)
 
     def __repr__(self) -> str:
         return f"<ContextLauncher {self.method}>"
@@ -244,12 +275,16 @@ def _keeping() -> Any:
     return _keep
 
 
-def _live_forked(fork: Fork, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> None:
+def _live_forked(
+    fork: Fork, stacks: Stacks | None, channel: socket.socket, tickets: socket.socket | None, setup: Setup
+) -> None:
     """In a worker that the user's process forked: wear the tag by which the keeper knows its family, then work."""
     from . import _leftovers, _sweeping
     from ._os import linux
 
     linux.wear((fork.family, fork.number))
+    if stacks is not None:
+        _stacks.answer_in(stacks.fd)
     family = _sweeping.ForkedWorker(fork.number, fork.family, os.getpid())
     _worker.main(channel, tickets, setup, _leftovers.Leftovers(family, fork.policy))
 
@@ -288,15 +323,23 @@ class KeeperLauncher:
         if tickets is not None:
             named["tickets"] = tickets.fileno()
         is_small = len(body) <= SMALL_BYTES
-        process = _keep.launch(
-            f"{self._name}-worker-{self._count}",
-            self._policy,
-            setup=body if is_small else None,
-            fresh=self.method == "spawn",
-            named=named,
-            more=inherited,
-        )
-        return KeptWorker(process, b"" if is_small else _wire.encode(_wire.Frame(_wire.SETUP, body=body)))
+        stacks = Stacks() if self._policy.stacks else None
+        try:
+            if stacks is not None:
+                named["stacks"] = stacks.fd
+            process = _keep.launch(
+                f"{self._name}-worker-{self._count}",
+                self._policy,
+                setup=body if is_small else None,
+                fresh=self.method == "spawn",
+                named=named,
+                more=inherited,
+            )
+        except BaseException:
+            if stacks is not None:
+                stacks.close()
+            raise
+        return KeptWorker(process, b"" if is_small else _wire.encode(_wire.Frame(_wire.SETUP, body=body)), stacks)
 
     def __repr__(self) -> str:
         return f"<KeeperLauncher {self.method}>"

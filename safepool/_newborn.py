@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from . import _leftovers, _worker
+from . import _leftovers, _stacks, _worker
 from ._os import linux
 from ._packets import BACK
 
@@ -121,6 +121,8 @@ def _live(told: dict[str, Any], fds: list[int]) -> int:
     _own_random_state()
     channel = _socket.socket(fileno=named["channel"])
     tickets = _socket.socket(fileno=named["tickets"]) if "tickets" in named else None
+    if "stacks" in named:
+        _stacks.answer_in(named["stacks"])
     leftovers = _leftovers.Leftovers(_leftovers.AtKeeper(_socket.socket(fileno=fds[0])), told["leftovers"])
     _worker.main(channel, tickets, told["setup"], leftovers)
     return _leave()

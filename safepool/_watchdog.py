@@ -21,7 +21,7 @@ from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 from . import _events as e
-from . import _os
+from . import _os, _stacks
 from ._call import Call
 from ._core import Core
 from ._evidence import error_of
@@ -102,6 +102,7 @@ class Watchdog:
         self._watched: dict[int, int] = {}  # worker -> the descriptor that reports its death, then its status
         self._writing: set[int] = set()
         self._dying: dict[int, tuple[Link, float]] = {}
+        self._asked: dict[int, tuple[Link, float]] = {}  # to be killed when they have said what they are doing
         self._told_leftovers: set[str] = set()
         self._events: deque[e.Event] = deque()
         self.event_log: deque[str | e.Event] = deque(maxlen=EVENTS_KEPT)
@@ -181,6 +182,27 @@ class Watchdog:
                 for side in self._sides:
                     side.close()
         self.post(lambda: self._events.append(e.ShutdownRequested(monotonic(), cancel)))
+
+    def stacks(self, limit_s: float) -> dict[int, str]:
+        """What each worker is doing, by pid; "" for one that does not say it in time.  On the thread of a caller."""
+        asked = {link.process.pid: link.process for link in tuple(self._links.values())}
+        for process in asked.values():
+            process.ask_stacks()
+        found: dict[int, str] = dict.fromkeys(asked, "")
+        end = monotonic() + limit_s
+        while asked:
+            is_late = monotonic() >= end
+            for pid, process in tuple(asked.items()):
+                stacks = process.stacks
+                try:
+                    if stacks is None or is_late or stacks.is_written():
+                        del asked[pid]
+                        found[pid] = "" if stacks is None else stacks.take()
+                except OSError:
+                    pass  # it has ended meanwhile, and its file is closed
+            if asked:
+                sleep(_stacks.LOOK_AGAIN_S)
+        return found
 
     def end_workers(self, *, hard: bool) -> None:
         self.ask(lambda: self._events.append(e.EndWorkersRequested(monotonic(), hard)))
@@ -303,6 +325,7 @@ class Watchdog:
             else:
                 self._channel_ready(key.data[0], mask)
             self._drain()
+        self._kill_the_asked()
         self._look_after_the_dying()
         now = monotonic()
         due = self._core.next_deadline()
@@ -319,6 +342,8 @@ class Watchdog:
         moments = [self._core.next_deadline(), *(side.relieve(now) for side in self._sides)]
         for link, limit in self._dying.values():
             moments.append(limit if link.worker in self._watched else now + STATUS_AGAIN_S)
+        if self._asked:
+            moments.append(now + _stacks.LOOK_AGAIN_S)
         if len(self._watched) < len(self._links):
             moments.append(now + _os.ASK_AGAIN_S)
         known = [moment for moment in moments if moment is not None]
@@ -465,6 +490,7 @@ class Watchdog:
         del self._links[link.worker]
         self.processes.pop(link.process.pid, None)
         self._writing.discard(link.worker)
+        self._asked.pop(link.worker, None)
         if not link.is_deaf:
             self._selector.unregister(link)
         self._stop_watching(link)
@@ -555,10 +581,27 @@ class Watchdog:
 
     def _act_kill(self, command: e.Kill) -> None:
         link = self._links.get(command.worker)
-        if link is not None:
+        if command.worker in self._asked:
+            return
+        if link is not None and command.hard and link.process.stacks is not None and link.unanswered():
+            link.process.ask_stacks()
+            self._asked[command.worker] = link, monotonic() + _stacks.ANSWER_LIMIT_S
+        elif link is not None:
             link.process.kill(hard=command.hard)
         elif command.worker in self._launching:
             self._doomed_launches.add(command.worker)
+
+    def _kill_the_asked(self) -> None:
+        """Those that have said what they are doing, or do not say it in time."""
+        for worker, (link, limit) in tuple(self._asked.items()):
+            assert link.process.stacks is not None
+            if link.process.stacks.is_written() or monotonic() >= limit:
+                del self._asked[worker]
+                for task in link.unanswered()[:1]:
+                    call = self._calls.get(task)
+                    if call is not None:
+                        call.future.stacks = link.process.stacks.take()
+                link.process.kill(hard=True)
 
     def _act_abandon(self, command: e.Abandon) -> None:
         link = self._links.get(command.worker)
@@ -583,6 +626,7 @@ class Watchdog:
         for task in command.tasks:
             call = self._calls[task]
             call.answer = call.error = None
+            call.future.stacks = ""
             call.future.requeue()
 
     def _act_ask_retry(self, command: e.AskRetry) -> None:

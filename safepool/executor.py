@@ -126,6 +126,8 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
       ends all that is in it, whatever happens; tasks see other process ids then;
     * ``preload``: names of modules that are imported once, before workers are forked.  What starts a thread or
       a process, or opens a file, when it is imported cannot be: it is told once, and workers import for themselves;
+    * ``stacks``: a worker is asked what its threads are doing before it is killed, at a limit, say, for at most 50 ms;
+      it is a note on the error, and ``future.stacks``.  ``dump_stacks`` asks all workers at any time;
     * ``name``: for threads, processes and messages.
 
     ``mp_context=None`` forks workers from a small process of safepool's own, the keeper, never from this one;
@@ -149,6 +151,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         leftovers: OnLeftovers = "kill",
         isolation: Isolation = None,
         preload: Iterable[str] | None = None,
+        stacks: bool = False,
         name: str | None = None,
     ) -> None:
         process._check_system_limits()
@@ -166,7 +169,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         self._options = TaskOptions().but(timeout=timeout, deadline=deadline, retry=retry)
         self._max_workers = workers
         self._mp_context = mp_context if mp_context is not None else _nominal_context(max_tasks_per_child)
-        launcher = launcher_of(mp_context, name, LaunchPolicy(leftovers, isolation, as_preload(preload)))
+        launcher = launcher_of(mp_context, name, LaunchPolicy(leftovers, isolation, as_preload(preload), stacks))
         policy = PoolPolicy(
             workers,
             max_tasks_per_child,
@@ -175,6 +178,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             take_back="take_back" in _os.CAPABILITIES,
             initializer=None if initializer is None else _name_of(initializer),
         )
+        self._has_stacks = stacks and "keeper" in _os.CAPABILITIES
         self._forks = launcher.method == "fork"
         self._held: Held | None = None
         self._shutdown_thread = False
@@ -264,6 +268,16 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         self.shutdown(wait=False, cancel_futures=True)
         if not self._watchdog.is_fork():
             self._watchdog.end_workers(hard=hard)
+
+    def dump_stacks(self, timeout: float = 1.0) -> dict[int, str]:
+        """What the threads of each worker are doing now: the text of their tracebacks, by pid.
+
+        "" for a worker that is stopped, or does not answer within ``timeout`` seconds for another reason.  It goes on
+        with its task.  Raises ``RuntimeError`` if the pool was not made with ``stacks=True``.
+        """
+        if not self._has_stacks:
+            raise RuntimeError("the workers of this pool cannot say what they do: make it with stacks=True, on Linux")
+        return {} if self._watchdog.is_fork() else self._watchdog.stacks(timeout)
 
     def __repr__(self) -> str:
         return f"<SafePoolExecutor {self._watchdog.name} {self._watchdog._core!r}>"

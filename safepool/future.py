@@ -53,10 +53,12 @@ class SafeFuture(Future["Any"]):
 
     Beyond ``concurrent.futures.Future``: ``kill()``, ``attempts`` (the failed ones so far, a tuple of
     ``Attempt``), ``worker_pid`` (of the worker that runs or last ran it, or None), ``leftovers`` (processes
-    that outlived it, a tuple of ``Leftover``) and ``name``.
+    that outlived it, a tuple of ``Leftover``), ``stacks`` (what it was doing when its worker was killed, where the
+    pool asks that) and ``name``.
     """
 
     leftovers: tuple[Leftover, ...] = ()
+    stacks = ""
 
     def __init__(self, home: Home, task: int, name: str) -> None:
         # What Future.__init__ sets, but for the Condition, which is most of what a future costs: it is

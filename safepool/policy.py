@@ -118,12 +118,15 @@ class LaunchPolicy:
     leftovers: OnLeftovers = "kill"
     isolation: Isolation = None
     preload: tuple[str, ...] | None = None
+    stacks: bool = False
 
     def __post_init__(self) -> None:
         if self.leftovers not in ("kill", "report", "leave"):
             raise ValueError(f'leftovers must be "kill", "report" or "leave"; got {self.leftovers!r}')
         if self.isolation not in (None, "namespace"):
             raise ValueError(f'isolation must be "namespace" or None; got {self.isolation!r}')
+        if not isinstance(self.stacks, bool):
+            raise TypeError(f"stacks must be True or False; got {self.stacks!r}")
 
 
 def as_preload(value: Any) -> tuple[str, ...] | None:

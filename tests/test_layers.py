@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: From the ground up.  A module may import from floors below its own only.
 FLOORS = [
     {"_shapes", "_words", "_tags"},
-    {"errors", "policy", "_tables", "_timers", "_wire", "_unpack", "_os", "_log", "_registry", "_packets"},
+    {"errors", "policy", "_tables", "_timers", "_wire", "_unpack", "_os", "_log", "_registry", "_packets", "_stacks"},
     {"_payload", "_families", "_isolation", "_leftovers", "_sweeping", "leaving"},
     {"_events", "_retry", "_worker", "_contexts", "_side", "_keeper"},
     {"_newborn"},
