@@ -86,12 +86,15 @@ class Leftovers:
             return []
         found: list[Leftover] = []
         staying = self._spared | _helpers()
-        own = [pid for pid in linux.children() if pid not in staying]
-        if self._policy == "report":
-            found += [(pid, linux.words_of(pid), False) for pid in own if not linux.is_zombie(pid)]
-            self._spared.update(own)
-        else:
-            found += _end(own)
+        end = monotonic() + END_LIMIT_S
+        # More than once: a task may have had its worker adopt the orphans of its family.
+        while (own := [pid for pid in linux.children() if pid not in staying]) and monotonic() < end:
+            if self._policy == "report":
+                found += [(pid, linux.words_of(pid), False) for pid in own if not linux.is_zombie(pid)]
+                self._spared.update(own)
+            else:
+                found += _end(own)
+            staying.update(own)
         found += self._orphans.ask("sweep" if self._policy == "kill" else "look")
         self._waited_for = _waited_for()
         return found

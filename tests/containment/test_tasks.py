@@ -259,3 +259,25 @@ def _start(command: list[str], on_purpose: bool) -> None:
 
 def _wait_for_it() -> int:
     return kept.pop().wait(LIFE_S)
+
+
+def adopt_and_leave() -> int:
+    """Have this worker adopt the orphans of its family, and leave a child with a child."""
+    import ctypes
+
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+    shell = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60 & echo; wait"], stdout=subprocess.PIPE)
+    assert shell.stdout is not None
+    shell.stdout.readline()  # it has started both
+    return os.getpid()
+
+
+def test_a_worker_that_adopts_orphans_ends_them_too(pool: Make, context: Any) -> None:
+    """A task called ``prctl``: what it left falls to its worker, generation by generation, not to the keeper."""
+    executor = pool(1, context)
+    future = executor.submit(adopt_and_leave)
+    worker = psutil.Process(future.result(LIMIT_S))
+    assert worker.children(recursive=True) == []
+    assert len(future.leftovers) == 3
+    assert executor.submit(os.getpid).result(LIMIT_S) == worker.pid
