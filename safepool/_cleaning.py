@@ -27,9 +27,9 @@ def clean(level: str | None, out: TextIO) -> bool:
     is_clean = True
     found = 0
     for entry in _registry.entries():
-        if not entry.is_free:
+        if not _sweeping.is_abandoned(entry):
             continue
-        members = tuple(_sweeping.members(entry.number)) if entry.is_of_this_boot else ()
+        members = () if entry.is_of_old() else tuple(_sweeping.members(entry.number))
         found += bool(members)
         if members:
             _tell(entry, members, out)

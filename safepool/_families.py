@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import signal as _signal
     from collections.abc import Callable, Iterator
 
-    Leftover = tuple[int, str, bool]  # pid, command line, is it gone
-    Done = Callable[[list[Leftover]], object]
+    from ._packets import Left
+
+    Done = Callable[[list[Left]], object]
 else:
     import _signal
 
@@ -27,10 +28,11 @@ MOST_TOLD = 32  # leftovers of one sweep
 
 
 class Family:
-    """Of a worker that lives."""
+    """Of a worker that lives; where there are no tags, of all that live."""
 
     def __init__(self) -> None:
-        self.spared: set[int] = set()  # orphans that its initializer made: they stay as long as the worker
+        self.workers = 0  # where there are no tags all are of one family
+        self.spared: set[int] = set()  # orphans that its initializer made, or that were only reported: they stay
 
 
 class Sweep:
@@ -40,7 +42,7 @@ class Sweep:
         self.kill = kill
         self.until = monotonic() + LIMIT_S
         self.done = done
-        self.found: dict[int, Leftover] = {}
+        self.found: dict[int, Left] = {}
 
 
 class Families:
@@ -48,6 +50,7 @@ class Families:
 
     def __init__(self, number: int | None) -> None:
         self._number = number  # the keeper's tag
+        self._is_marked = _tags.is_left_on_purpose(linux.own_tag())  # then all are, and it means nothing
         self._count = 0
         self._living: dict[int | None, Family] = {}
         self._left: set[int | None] = set()  # of dead workers, to be left alone
@@ -59,19 +62,23 @@ class Families:
         """The tag of the next worker's family."""
         if self._number is None:
             return None
-        self._count += 1
-        while (family := _tags.of_worker(self._number, self._count)) in self._living:
-            self._count += 1  # numbers are used again after thousands of launches
-        self._left.discard(family)
-        return family
+        for _ in range(_tags.most_workers(self._number)):
+            self._count += 1
+            family = _tags.of_worker(self._number, self._count)
+            if family not in self._living and family not in self._sweeps:
+                self._left.discard(family)
+                return family
+        raise OSError("there are too many workers to tell their families apart")
 
     def begin(self, family: int | None) -> None:
-        """Its worker lives."""
-        self._living[family] = Family()
+        """A worker of it lives."""
+        self._living.setdefault(family, Family()).workers += 1
 
     def spare(self, family: int | None) -> None:
         """What orphans it has now stay as long as its worker."""
-        self._living[family].spared |= {pid for pid, whose in self._orphans() if whose == family}
+        living = self._living.get(family)
+        if living is not None:
+            living.spared |= {pid for pid, whose in self._orphans() if whose == family}
 
     def sweep(self, family: int | None, *, kill: bool, done: Done) -> None:
         """Begin to end what was left in it; ``done`` is called with what was found."""
@@ -81,8 +88,12 @@ class Families:
         self._sweeps[family] = Sweep(kill, done)
 
     def end(self, family: int | None, *, leave: bool, done: Done) -> None:
-        """Its worker is dead."""
-        self._living.pop(family, None)
+        """A worker of it is dead."""
+        living = self._living.get(family)
+        if living is not None:
+            living.workers -= 1
+            if living.workers <= 0:
+                del self._living[family]
         if leave:
             self._left.add(family)
             done([])
@@ -112,7 +123,7 @@ class Families:
 
     def _orphans(self) -> Iterator[tuple[int, int | None]]:
         """(pid, family) of the children that nobody asked for."""
-        for pid, tag in _children():
+        for pid, tag in self._children():
             if pid not in self.not_orphans:
                 yield pid, None if tag is None or self._number is None else _tags.owner(self._number, tag)
 
@@ -135,23 +146,24 @@ class Families:
                     left.add(family)
                 if is_news:
                     sweep.found[pid] = pid, words, gone
+                if living is not None and not sweep.kill:
+                    living.spared.add(pid)  # told once
         return left
 
     def kill_all(self) -> tuple[int, int]:
         """At the end of everything: how many children there are, and how many of them may not be killed."""
         there = may_not = 0
-        for pid, _ in _children():
+        for pid, _ in self._children():
             there += 1
             may_not += not kill(pid)
         return there, may_not
 
-
-def _children() -> Iterator[tuple[int, _tags.Tag | None]]:
-    """Own children and their tags; what is left on purpose does not count."""
-    for pid in linux.children():
-        tag = linux.tag_of(pid)
-        if not _tags.is_left_on_purpose(tag):
-            yield pid, tag
+    def _children(self) -> Iterator[tuple[int, _tags.Tag | None]]:
+        """Own children and their tags; what is left on purpose does not count."""
+        for pid in linux.children():
+            tag = linux.tag_of(pid)
+            if self._is_marked or not _tags.is_left_on_purpose(tag):
+                yield pid, tag
 
 
 def kill(child: int) -> bool:

@@ -19,7 +19,7 @@ import threading
 from contextlib import suppress
 from multiprocessing import process as mp_process
 from multiprocessing import util
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from . import _os, _tags
@@ -29,6 +29,7 @@ from ._packets import BACK, IGNORED, MOST_BYTES, MOST_FDS, receive
 from ._shapes import NamedTuple
 
 if TYPE_CHECKING:
+    from ._packets import Left
     from .policy import Isolation, LaunchPolicy
 
 ANSWER_LIMIT_S = 10.0  # for a worker to be forked
@@ -37,6 +38,7 @@ END_LIMIT_S = 0.2  # from the closing of its channels to its end
 LOCK_LIMIT_S = 30.0
 SWEEP_LIMIT_S = 3.0  # for what a dead keeper has left
 JOIN_SLICE_S = 0.5
+ABANDONED_AFTER_S = 0.2  # from the start of the keeper: first there are to be workers
 KILLED = -signal.SIGKILL
 
 
@@ -49,7 +51,7 @@ class KeptProcess:
         self.name = name
         self.pid = self.ident = pid
         self.peak_bytes: int | None = None
-        self.leftovers: list[tuple[int, str, bool]] = []
+        self.leftovers: list[Left] = []
         self._pidfd = pidfd
         self._status: socket.socket | None = status
         self._keeper = keeper
@@ -152,7 +154,7 @@ class Keeper:
         self._isolation = isolation
         self._user = os.geteuid(), os.getegid()
         self._silent = 0  # launches in a row that were not answered
-        self._number = _tags.fresh(os.urandom(8), *reversed(linux.own_tag())) or 0
+        self._number = _tags.fresh(os.urandom(8), os.getpid(), linux.own_tag()) or 0
         self._swept = threading.Event()
         self._lock = threading.Lock()
         self._is_swept_by_somebody = False
@@ -242,6 +244,10 @@ class Keeper:
         pid = _pid_here(fds[0]) if self._isolation is not None and fds else what
         return KeptProcess(name, pid, fds[0] if fds else None, status, self)
 
+    def watch(self, fork: Fork, pidfd: int) -> None:
+        with suppress(OSError):  # it has ended: the next one is told
+            self._send(("watch", fork.number, fork.family, fork.policy == "leave"), [pidfd])
+
     def _wake_up(self, key: str) -> None:
         """Somebody has stopped it, or its zygote."""
         self._silent += 1
@@ -265,7 +271,9 @@ class Keeper:
 
         try:
             if self._number:
-                _sweeping.end_family(self._number, SWEEP_LIMIT_S)
+                # Workers that this process has forked are its own children, and go on: another keeper watches them.
+                forked = {fork.family for fork, _ in tuple(_forked.values()) if fork.number == self._number}
+                _sweeping.end_family(self._number, SWEEP_LIMIT_S, forked)
                 _registry.forget(self._number)
             self._reap()
         finally:
@@ -309,7 +317,8 @@ _keepers: dict[Isolation, Keeper] = {}
 _lock = threading.Lock()
 _launches = itertools.count(1)
 _forks = itertools.count(1)
-_forked: set[int] = set()  # families of workers that this process has forked and that live
+_forked: dict[tuple[int, int], tuple[Fork, int]] = {}  # workers that this process has forked, and their pidfds
+_has_looked_for_abandoned = False
 
 
 def keeper_pids() -> set[int]:
@@ -336,6 +345,10 @@ def _keeper(isolation: Isolation) -> Keeper:
         if keeper is None:
             keeper = _keepers[isolation] = Keeper(isolation)
             _start_tracker()
+            if isolation is None:
+                for fork, pidfd in tuple(_forked.values()):
+                    keeper.watch(fork, pidfd)
+            _look_for_abandoned()
         return keeper
     finally:
         _lock.release()
@@ -390,17 +403,23 @@ def launch(
         environ = dict(os.environ)
         key = f"{','.join(policy.preload)} {hash(tuple(environ.items()))}"
         preload = told["path"], environ, policy.preload
-    process = keeper.launch(told, key, preload, leave=policy.leftovers == "leave", named=named, more=more)
-    if told["number"] == 1:  # not before there is a worker: nobody waits for this
+    return keeper.launch(told, key, preload, leave=policy.leftovers == "leave", named=named, more=more)
+
+
+def _look_for_abandoned() -> None:
+    """Once in a process."""
+    global _has_looked_for_abandoned
+    if not _has_looked_for_abandoned:
+        _has_looked_for_abandoned = True
         with suppress(RuntimeError):
             threading.Thread(target=_end_abandoned, name="safepool-sweep", daemon=True).start()
-    return process
 
 
 def _end_abandoned() -> None:
     """What an earlier program of this user has left that was killed together with its keeper."""
     from . import _sweeping
 
+    sleep(ABANDONED_AFTER_S)
     for entry, found in _sweeping.end_abandoned(SWEEP_LIMIT_S):
         words = (
             f"{pid} ({command}), {'ended' if allowed else 'which belongs to another user and goes on'}"
@@ -419,27 +438,39 @@ class Fork(NamedTuple):
 
 
 def next_fork(policy: LaunchPolicy) -> Fork | None:
-    """None: there are no tags to be had.  Raises ``OSError`` if no keeper can be started."""
-    number = _keeper(None)._number
-    if not number:
+    """None: there is no keeper to be had, or there are no tags left."""
+    try:
+        number = _keeper(None)._number
+    except OSError:
         return None
-    while (family := _tags.of_worker(number, next(_forks), forked=True)) in _forked:
-        pass
-    _forked.add(family)
-    return Fork(number, family, policy.leftovers)
+    for _ in range(_tags.most_workers(number) if number else 0):
+        family = _tags.of_worker(number, next(_forks), forked=True)
+        if (number, family) not in _forked:
+            return Fork(number, family, policy.leftovers)
+    return None
 
 
 def watch(fork: Fork, pidfd: int) -> None:
     """Have the family ended when this process is dead."""
+    _forked[fork.number, fork.family] = fork, pidfd
     keeper = _keepers.get(None)
-    if keeper is not None and keeper._number == fork.number:
-        with suppress(OSError):  # it has ended, and so will all that wear its number
-            keeper._send(("watch", fork.family, fork.policy == "leave"), [pidfd])
+    if keeper is not None:
+        keeper.watch(fork, pidfd)
 
 
 def forget(fork: Fork) -> None:
     """Its worker is dead."""
-    _forked.discard(fork.family)
+    keeper = _keepers.get(None)
+    if _forked.pop((fork.number, fork.family), None) and fork.policy != "leave" and keeper and not keeper.is_usable():
+        with suppress(RuntimeError):
+            threading.Thread(target=_end_forked, args=(fork,), name="safepool-sweep", daemon=True).start()
+
+
+def _end_forked(fork: Fork) -> None:
+    """The keeper was killed, and nobody has needed another one since."""
+    from . import _sweeping
+
+    _sweeping.ForkedWorker(fork.number, fork.family, 0).end()
 
 
 def _cwd() -> str:

@@ -2,16 +2,17 @@
 
 Guarantees:
 
-* every worker is its child, and so is whatever of a worker's family loses its parent;
+* every worker that it has made is its child, and so is whatever of that worker's family loses its parent;
 * when a worker ends, in whatever way, its family ends, and only then is its status told;
 * when the user's process ends, in whatever way, everything ends;
-* it signals nothing but its own children that it has not waited for: no other process can have their pids.
+* it signals its own children that it has not waited for: no other process can have their pids.  And what was never
+  its child but wears its tag (workers that the program has forked itself, and theirs), by descriptor.
 
 It has one thread, waits without a limit only for all that it hears at once, and imports next to nothing.
 
 On its control channel, with descriptors, it hears ``("launch", key, preload, leave, body)`` and
-``("replace", key)``, a zygote that does not answer, and ``("watch", family, leave)`` with a descriptor of a worker that
-the program has forked itself.  On the status channel of each worker it says ``("note", why)``,
+``("replace", key)``, a zygote that does not answer, and ``("watch", number, family, leave)`` with a descriptor of a
+worker that the program has forked itself.  On the status channel of each worker it says ``("note", why)``,
 that its preload could not be used, ``("started", pid)`` with a descriptor of the process, ``("failed", why)`` and
 ``("exited", status, peak KiB, leftovers)``.  A worker asks it to ``"sweep"`` its family,
 to ``"look"`` at it or to ``"spare"`` what is there now, and is answered with leftovers.
@@ -34,10 +35,10 @@ from ._packets import IGNORED, receive, send
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
-    from ._families import Leftover
+    from ._packets import Left
 
     Preload = tuple[list[str], dict[str, str], tuple[str, ...]] | None  # sys.path, environment, what to import
 else:
@@ -89,6 +90,7 @@ class Keeper:
     def __init__(self, control: _socket.socket, owner: int, number: int | None) -> None:
         self._control = control
         self._number = number  # its tag
+        self._forks: dict[int, tuple[int, int]] = {}  # by pidfd: (number of its keeper, family)
         self._families = Families(number)
         self._zygotes: dict[str, Zygote] = {}
         self._unfit: dict[str, str] = {}  # preloads that cannot be forked, and why
@@ -110,10 +112,7 @@ class Keeper:
         try:
             while True:
                 for fd, _ in self._poll.poll(LOOK_AGAIN_S * 1e3 if self._families.is_at_work() else None):
-                    try:
-                        self._heard.get(fd, self._on_nobody)()
-                    except BlockingIOError:
-                        pass  # this number was another one's a moment ago
+                    self._heard.get(fd, self._on_nobody)()
                 self._reap()
                 self._families.go_on(self._reap)
         except OwnerGone:
@@ -128,7 +127,10 @@ class Keeper:
             self._poll.unregister(fd)
 
     def _on_awake(self) -> None:
-        self._awake.recv(4096)
+        try:
+            self._awake.recv(4096)
+        except BlockingIOError:
+            pass
 
     def _on_nobody(self) -> None:
         """It was unregistered a moment ago."""
@@ -139,17 +141,22 @@ class Keeper:
     # --------------------------------------------------------------- launches
 
     def _on_control(self) -> None:
-        data, fds = receive(self._control)
+        try:
+            data, fds = receive(self._control)
+        except BlockingIOError:
+            return
         if not data:
             raise OwnerGone
         word, *more = marshal.loads(data)
         try:
             if word == "launch":
                 self._launch(more, fds)
-            elif word == "replace" and more[0] in self._zygotes:
-                _families.kill(self._zygotes[more[0]].pid)
+            elif word == "replace":
+                zygote = self._zygotes.get(more[0]) or self._zygotes.get(PLAIN)
+                if zygote is not None:
+                    _families.kill(zygote.pid)
             elif word == "watch":
-                self._watch(more[0], leave=more[1], pidfd=fds.pop())
+                self._watch(more[0], more[1], leave=more[2], pidfd=fds.pop())
         except (OSError, IndexError):
             pass  # short of descriptors or processes: the user's side sees its channel closed, and tries again
         finally:
@@ -168,6 +175,8 @@ class Keeper:
             self._unfit[key] = ""  # once is enough
         if why is not None:
             key, preload = PLAIN, None
+        if key not in self._zygotes and not self._has_room():
+            key, preload = PLAIN, None
         zygote = self._zygotes.get(key) or self._add_zygote(key, preload)
         zygote.waiting.append((ward, (ward.family, body), [theirs.detach(), *fds]))
         fds.clear()
@@ -177,11 +186,18 @@ class Keeper:
         """Have something to fork the first worker from, while nobody asks for it yet."""
         self._add_zygote(PLAIN, None)
 
+    def _has_room(self) -> bool:
+        """For one more zygote, if need be in the place of one that nobody waits for."""
+        if len(self._zygotes) < MOST_ZYGOTES:
+            return True
+        for key, zygote in self._zygotes.items():
+            if key != PLAIN and zygote.is_loaded and zygote.at_work is None and not zygote.waiting:
+                self._let_go(key, zygote)
+                return True
+        return False
+
     def _add_zygote(self, key: str, preload: Preload) -> Zygote:
-        if len(self._zygotes) >= MOST_ZYGOTES:
-            oldest = next((key for key, zygote in self._zygotes.items() if key != PLAIN and not zygote.at_work), None)
-            if oldest is not None:
-                self._let_go(oldest, self._zygotes[oldest])
+        """Raises ``OSError``."""
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
@@ -205,15 +221,18 @@ class Keeper:
         self._note_unborn()
 
     def _note_unborn(self) -> None:
-        zygotes = self._zygotes.values()
-        self._families.unborn = {zygote.at_work.family for zygote in zygotes if zygote.at_work is not None}
-        if not self._families.unborn:
+        at_work = [zygote.at_work for zygote in self._zygotes.values() if zygote.at_work is not None]
+        self._families.unborn = {ward.family for ward in at_work}
+        if not at_work:
             self._strangers.clear()
-        if not all(zygote.spare for zygote in zygotes):
-            self._families.unborn.add(None)
+        if at_work or not all(zygote.spare for zygote in self._zygotes.values()):
+            self._families.unborn.add(None)  # a spare may be there that has not been announced
 
     def _on_zygote(self, key: str, zygote: Zygote) -> None:
-        data, _ = receive(zygote.channel)
+        try:
+            data, _ = receive(zygote.channel)
+        except BlockingIOError:
+            return
         if not data:
             self._lost(key, zygote)
             return
@@ -242,11 +261,8 @@ class Keeper:
         """It is dead, or is a dead worker by now."""
         pid = zygote.spare
         self._families.not_orphans.discard(pid)
-        try:
-            # Scenario 2: (a) it becomes a worker and says so, (b) it dies, (c) we wait for it, (d) we hear of (a).
-            self._on_zygote(key, zygote)
-        except BlockingIOError:
-            pass
+        # Scenario 2: (a) it becomes a worker and says so, (b) it dies, (c) we wait for it, (d) we hear of (a).
+        self._on_zygote(key, zygote)
         if zygote.spare == pid:
             zygote.spare = 0
             if zygote.at_work is not None:
@@ -263,19 +279,42 @@ class Keeper:
             self._unfit.setdefault(key, "the process that was importing it has ended")
         waiting, zygote.waiting = zygote.waiting, []
         if zygote.at_work is not None:
+            for pid in (zygote.spare, *self._announced(zygote)):
+                if pid and _is_own_child(pid):
+                    _families.kill(pid)  # it may be the worker that is given up here
             self._fail(zygote.at_work)
             zygote.at_work = None
-            if zygote.spare:
-                _families.kill(zygote.spare)  # it may be the worker that was just given up
         self._let_go(key, zygote)
-        if waiting:
+        self._note_unborn()
+        if not waiting:
+            return
+        try:
             plain = self._zygotes.get(PLAIN) or self._add_zygote(PLAIN, None)
-            why = self._unfit.get(key)
-            if why:
-                waiting[0][0].tell("note", why)
-                self._unfit[key] = ""
-            plain.waiting += waiting
-            self._next_launch(plain)
+        except OSError as error:
+            for ward, _, fds in waiting:
+                self._fail(ward, f"the system refused to fork: {error}")
+                for fd in fds:
+                    os.close(fd)
+            return
+        why = self._unfit.get(key)
+        if why:
+            waiting[0][0].tell("note", why)
+            self._unfit[key] = ""
+        plain.waiting += waiting
+        self._next_launch(plain)
+
+    def _announced(self, zygote: Zygote) -> Iterator[int]:
+        """The pids in what was said, and not heard yet."""
+        while zygote.channel.fileno() >= 0:
+            try:
+                data, _ = receive(zygote.channel)
+            except BlockingIOError:
+                return
+            if not data:
+                return
+            word, what = marshal.loads(data)
+            if word in ("spare", "forked"):
+                yield what
 
     def _let_go(self, key: str, zygote: Zygote) -> None:
         """It ends when its channel is closed."""
@@ -291,7 +330,12 @@ class Keeper:
             ward.tell("started", pid)
             self._bury(ward, *self._strangers.pop(pid, (0, 0)))
             return
-        pidfd = os.pidfd_open(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            _families.kill(pid)
+            self._fail(ward, f"the keeper cannot watch it: {error}")
+            return
         self._wards[pid] = ward
         self._families.begin(ward.family)
         self._hear(ward.ask.fileno(), lambda: self._on_ask(ward))
@@ -300,15 +344,17 @@ class Keeper:
 
     # ------------------------------------------- workers that the user's process forks
 
-    def _watch(self, family: int, *, leave: bool, pidfd: int) -> None:
-        self._hear(pidfd, lambda: self._on_forked_end(family, leave, pidfd))
+    def _watch(self, number: int, family: int, *, leave: bool, pidfd: int) -> None:
+        self._forks[pidfd] = number, family
+        self._hear(pidfd, lambda: self._on_forked_end(number, family, leave, pidfd))
 
-    def _on_forked_end(self, family: int, leave: bool, pidfd: int) -> None:
+    def _on_forked_end(self, number: int, family: int, leave: bool, pidfd: int) -> None:
         """It is not ours to wait for, and what it leaves are not our children: looking for them takes a process."""
         self._unhear(pidfd)
+        del self._forks[pidfd]
         os.close(pidfd)
-        if leave or self._number is None:
-            return
+        if leave or (number, family) in self._forks.values():
+            return  # (a later worker has been given the same number)
         try:
             child = os.fork()
         except OSError:
@@ -318,9 +364,10 @@ class Keeper:
             return
         try:
             linux.end_with_parent()
+            linux.close_but(())  # a lock, and what others take for a sign of the keeper's life
             from . import _sweeping
 
-            _sweeping.ForkedWorker(self._number, family, 0).end()
+            _sweeping.ForkedWorker(number, family, 0).end()
         finally:
             os._exit(0)
 
@@ -340,7 +387,7 @@ class Keeper:
                 self._unhear(ward.ask.fileno())
                 self._bury(ward, status, usage.ru_maxrss)
                 continue
-            if self._families.unborn:
+            if any(zygote.at_work for zygote in self._zygotes.values()):
                 self._strangers[pid] = status, usage.ru_maxrss
             for key, zygote in tuple(self._zygotes.items()):
                 if pid == zygote.pid:
@@ -351,7 +398,7 @@ class Keeper:
     def _bury(self, ward: Ward, status: int, peak_kib: int) -> None:
         """A worker is dead: end its family, then tell."""
 
-        def tell(found: list[Leftover]) -> None:
+        def tell(found: list[Left]) -> None:
             ward.tell("exited", status, peak_kib, found)
             ward.close()
 
@@ -359,7 +406,10 @@ class Keeper:
 
     def _on_ask(self, ward: Ward) -> None:
         """A task has ended that may have left something."""
-        data, _ = receive(ward.ask)
+        try:
+            data, _ = receive(ward.ask)
+        except BlockingIOError:
+            return
         word = data.decode()
         if not word:
             self._unhear(ward.ask.fileno())
@@ -372,6 +422,11 @@ class Keeper:
     # ----------------------------------------------------------------- the end
 
     def _end_everything(self) -> None:
+        for pidfd in self._forks:
+            try:
+                _signal.pidfd_send_signal(pidfd, _signal.SIGKILL)
+            except OSError:
+                pass  # it is dead, or another user's
         until = monotonic() + LAST_LOOK_S
         while True:
             try:
@@ -386,6 +441,11 @@ class Keeper:
                 self._on_awake()
         if self._number is not None:
             _end_by_tag(self._number)
+        for number, family in self._forks.values():
+            if number != self._number:  # it was forked when another keeper was there
+                from . import _sweeping
+
+                _sweeping.ForkedWorker(number, family, 0).end()
 
 
 def _end_by_tag(number: int) -> None:
@@ -449,14 +509,18 @@ def main(control: int, owner: int, number: int, isolated: int) -> None:
     except ProcessLookupError:
         owner_fd = -1
     if os.getppid() != owner or owner_fd < 0:
-        _end_by_tag(number)  # it forked workers itself, perhaps, while we were on our way
+        if number:
+            _end_by_tag(number)  # it forked workers itself, perhaps, while we were on our way
         return
-    try:
-        linux.wear((number, number))
-    except (OSError, ValueError):
-        number = 0
+    if number:
+        try:
+            linux.wear((number, number))
+        except (OSError, ValueError):
+            number = 0
     channel = _socket.socket(fileno=control)
-    command = linux.words_of(owner)
+    from . import _registry
+
+    facts = _registry.facts_of(owner)
     if isolated:
         from . import _isolation
 
@@ -465,9 +529,7 @@ def main(control: int, owner: int, number: int, isolated: int) -> None:
         linux.adopt_orphans()
     keeper = Keeper(channel, owner_fd, number or None)
     _let_go_of_streams()
-    from . import _registry
-
-    path = _registry.claim(number, owner, command) if number else None
+    path = _registry.claim(number, facts) if number else None
     keeper.start()
     keeper.run()
     if path is not None:

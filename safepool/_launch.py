@@ -23,6 +23,7 @@ from .policy import LaunchPolicy
 
 if TYPE_CHECKING:
     from ._keep import Fork, KeptProcess
+    from ._packets import Left
 
 PLAIN = LaunchPolicy()
 SMALL_BYTES = 1 << 15  # set-ups that go to the keeper with the rest of what it is told
@@ -67,7 +68,7 @@ class LastWords(NamedTuple):
     """What is told of a dead worker besides its exit status: its peak memory, and what was left of its family."""
 
     peak_bytes: int | None = None
-    leftovers: Sequence[tuple[int, str, bool]] = ()
+    leftovers: Sequence[Left] = ()
 
 
 class ContextWorker:
@@ -133,11 +134,11 @@ class ContextWorker:
             self.process.join(0)
             if self.process.exitcode is None:
                 _contexts.forget(self.process)
+        if self._fork is not None:
+            _keeping().forget(self._fork)
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-        if self._fork is not None:
-            _keeping().forget(self._fork)
         if self.stacks is not None:
             self.stacks.close()
             self.stacks = None
@@ -247,6 +248,7 @@ class ContextLauncher:
         self._count += 1
         name = f"{self._name}-worker-{self._count}"
         fork = None if self._policy is None else _keeping().next_fork(self._policy)
+        # (Where there is no keeper to be had the worker is forked all the same, and nobody ends what it leaves.)
         stacks = Stacks() if fork is not None and self._policy is not None and self._policy.stacks else None
         life = _worker.main if fork is None else functools.partial(_live_forked, fork, stacks)
         process = self._make(target=life, args=(channel, tickets, inherited), name=name)
@@ -261,7 +263,7 @@ class ContextLauncher:
             # exit finishes the work.
             if self.method != "fork":
                 raise
-            return launcher_of(None, self._name).launch(channel, tickets, setup)
+            return launcher_of(None, self._name, self._policy or PLAIN).launch(channel, tickets, setup)
         return ContextWorker(process, greeting, fork, stacks)
 
     def __repr__(self) -> str:

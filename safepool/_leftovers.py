@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     import _socket
     import signal as _signal
 
+    from ._packets import Left
     from ._sweeping import ForkedWorker
 
-    Leftover = tuple[int, str, bool]  # pid, command line, is it gone
 else:
     import _signal
 
@@ -52,11 +52,11 @@ class AtKeeper:
         self._channel = channel
         channel.settimeout(ANSWER_LIMIT_S)
 
-    def ask(self, word: str) -> list[Leftover]:
+    def ask(self, word: str) -> list[Left]:
         """``word``: "sweep" the orphans of this family, only "look", or "spare" what there are now."""
         try:
             self._channel.send(word.encode())
-            found: list[Leftover] = marshal.loads(self._channel.recv(MOST_BYTES))
+            found: list[Left] = marshal.loads(self._channel.recv(MOST_BYTES))
             return found
         except (OSError, EOFError, ValueError):
             return []  # it has ended, and so will this worker
@@ -80,11 +80,11 @@ class Leftovers:
             self._spared.update(linux.children())
             self._orphans.ask("spare")
 
-    def look(self, run_s: float) -> list[Leftover]:
+    def look(self, run_s: float) -> list[Left]:
         """What the task left that has just run for ``run_s`` seconds; with "kill" it is gone when this returns."""
         if run_s < SHORTEST_FORK_S or self._policy == "leave" or not self._are_possible():
             return []
-        found: list[Leftover] = []
+        found: list[Left] = []
         staying = self._spared | _helpers()
         end = monotonic() + END_LIMIT_S
         # More than once: a task may have had its worker adopt the orphans of its family.
@@ -125,7 +125,7 @@ def _helpers() -> set[int]:
     return found if keep is None else found | keep.keeper_pids()
 
 
-def _end(pids: list[int]) -> list[Leftover]:
+def _end(pids: list[int]) -> list[Left]:
     """Kill these children and wait for them, for a limited time."""
     found = []
     statuses = {}

@@ -6,7 +6,7 @@ import socket
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import _os, _wire
 from ._launch import Launcher
@@ -14,12 +14,12 @@ from ._payload import Payload
 from ._wire import Frame
 from ._worker import Setup
 
+if TYPE_CHECKING:
+    from ._packets import Left
+
 MOST_BUFFERS = 64  # in one write; the system allows 1024
 SMALL_BYTES = 1 << 14  # smaller calls are written together
 MOST_TICKET_BYTES = 1 << 16
-
-
-Left = tuple[int, str, bool]  # a process: pid, command line, is it gone
 
 
 class Answer(NamedTuple):

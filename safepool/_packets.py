@@ -13,6 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
     from typing import Any
+
+    Left = tuple[int, str, bool]  # what a task has left: pid, command line, is it gone
 else:
     import _signal
 

@@ -11,6 +11,8 @@ import os
 import stat
 import time
 
+from ._os import linux
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,9 +34,18 @@ class Entry:
         """The keeper's tag."""
         return int(self.facts["tag"])
 
-    @property
-    def is_of_this_boot(self) -> bool:
-        return self.facts.get("boot") == _boot()
+    def is_visible(self) -> bool:
+        """Could its processes be seen from here?  Else it is of an earlier boot, or of another process namespace."""
+        return not self.is_of_old() and self.facts.get("namespace") == _namespace()
+
+    def is_of_old(self) -> bool:
+        return self.facts.get("boot") != _boot()
+
+    def has_user(self) -> bool:
+        """The program itself lives: it sees to what is its own."""
+        user = self.facts.get("user", "")
+        started = linux.started_at(int(user)) if user.isdigit() else None
+        return started is not None and str(started) == self.facts.get("user started")
 
 
 def directory() -> str | None:
@@ -50,17 +61,23 @@ def directory() -> str | None:
     return path if mine else None
 
 
-def claim(number: int, user: int, command: str) -> str | None:
+def facts_of(user: int) -> dict[str, object]:
+    """Of a keeper's program, as its own namespace knows it."""
+    command = linux.words_of(user).replace("\n", " ")
+    return {"namespace": _namespace(), "user": user, "user started": linux.started_at(user), "command": command}
+
+
+def claim(number: int, facts: dict[str, object]) -> str | None:
     """Write the file of this keeper, locked until it ends; its path, or None if there is no place for it."""
-    facts = {"tag": number, "boot": _boot(), "keeper": os.getpid(), "user": user, "started": int(time.time())}
-    lines = [f"{name}: {value}\n" for name, value in {**facts, "command": command.replace("\n", " ")}.items()]
+    known = {"tag": number, "boot": _boot(), "keeper": os.getpid(), "started": int(time.time())}
+    lines = [f"{name}: {value}\n" for name, value in {**known, **facts}.items()]
     for _ in range(TRIES):
         folder = directory()
         if folder is None:
             break
         path = os.path.join(folder, f"{number:x}")
         try:
-            # Held open for ever, and the lock with it; no child of the keeper's keeps it open.
+            # Held open for ever, and the lock with it; every child of the keeper's closes it at once.
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(fd, 0)
@@ -90,7 +107,11 @@ def forget(number: int) -> None:
 def entries() -> Iterator[Entry]:
     """Of this user, those of living keepers too."""
     folder = directory()
-    for name in sorted(os.listdir(folder)) if folder is not None else ():
+    try:
+        names = sorted(os.listdir(folder)) if folder is not None else []
+    except OSError:
+        return  # the last keeper of another program has just removed it
+    for name in names:
         path = os.path.join(str(folder), name)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -111,6 +132,13 @@ def _is_free(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _boot() -> str:

@@ -15,13 +15,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator
 
+    from ._packets import Left
     from ._registry import Entry
 
     Found = dict[int, tuple[str, bool]]  # pid -> (command line, may it be signalled)
-    Leftover = tuple[int, str, bool]  # pid, command line, is it gone
 
 EMPTY_ROUNDS = 2  # in a row: then nobody is left
 LOOK_AGAIN_S = 0.002
+MOST_GENERATIONS = 1000  # between a worker and a process that it has to do with
 FAMILY_LIMIT_S = 1.0  # for the family of one worker to end
 
 
@@ -43,9 +44,16 @@ def members(number: int) -> Iterator[int]:
             yield pid
 
 
-def end_family(number: int, limit_s: float) -> Found:
-    """Kill all members, to two empty rounds, for at most ``limit_s``."""
-    return _end(lambda: members(number), lambda pid: signal_member(number, pid), limit_s)
+def end_family(number: int, limit_s: float, spared: Container[int | None] = ()) -> Found:
+    """Kill all members, to two empty rounds, for at most ``limit_s``; but those of the workers ``spared``."""
+
+    def is_meant(pid: int) -> bool:
+        tag = linux.tag_of(pid)
+        return tag is not None and _tags.is_in_family(number, tag) and _tags.owner(number, tag) not in spared
+
+    return _end(
+        lambda: filter(is_meant, members(number)), lambda pid: linux.signal_if(pid, lambda: is_meant(pid)), limit_s
+    )
 
 
 def _end(look: Callable[[], Iterable[int]], kill: Callable[[int], bool], limit_s: float) -> Found:
@@ -55,12 +63,17 @@ def _end(look: Callable[[], Iterable[int]], kill: Callable[[int], bool], limit_s
     while empty < EMPTY_ROUNDS and monotonic() < end:
         empty += 1
         for pid in look():
-            if found.get(pid, ("", True))[1]:
-                found.setdefault(pid, (linux.words_of(pid), True))
-                if kill(pid):
-                    empty = 0
-                else:
-                    found[pid] = found[pid][0], False
+            if not found.get(pid, ("", True))[1]:
+                continue
+            found.setdefault(pid, (linux.words_of(pid), True))
+            try:
+                is_allowed = kill(pid)
+            except OSError:
+                is_allowed = True  # short of descriptors now: in the next round
+            if is_allowed:
+                empty = 0
+            else:
+                found[pid] = found[pid][0], False
         if empty < EMPTY_ROUNDS:
             sleep(LOOK_AGAIN_S)
     return found
@@ -69,13 +82,12 @@ def _end(look: Callable[[], Iterable[int]], kill: Callable[[int], bool], limit_s
 def end_abandoned(limit_s: float) -> Iterator[tuple[Entry, Found]]:
     """End the families of keepers that were killed together with their programs, each within ``limit_s``.
 
-    The files of those that have nobody left are removed, and nothing is said of them.  Keepers within the tasks of
-    others are passed over: whoever keeps the outer family ends them with it, and their numbers are used again.
+    The files of those that have nobody left are removed, and nothing is said of them.
     """
-    free = {entry.number: entry for entry in _registry.entries() if entry.is_free}
-    alive = _families_alive(free)
-    for number, entry in free.items():
-        if entry.is_of_this_boot and number in alive:
+    gone = {entry.number: entry for entry in _registry.entries() if is_abandoned(entry)}
+    alive = _families_alive(gone)
+    for number, entry in gone.items():
+        if not entry.is_of_old() and number in alive:
             found = end_family(number, limit_s)
             if found:
                 yield entry, found
@@ -84,11 +96,16 @@ def end_abandoned(limit_s: float) -> Iterator[tuple[Entry, Found]]:
         _registry.withdraw(entry.path)
 
 
+def is_abandoned(entry: Entry) -> bool:
+    """Its keeper is gone and so is its program; and what is left would be seen from here."""
+    return entry.is_free and (entry.is_of_old() or (entry.is_visible() and not entry.has_user()))
+
+
 def _families_alive(numbers: Container[int]) -> set[int]:
-    """Those that have members, of outermost keepers; one look at the machine, however many there are."""
+    """Those that have members; one look at the machine, however many there are."""
     tags = filter(None, map(linux.tag_of, linux.processes()))
-    found = {_tags.outermost(hard) for soft, hard in tags if not _tags.is_left_on_purpose((soft, hard))}
-    return {number for number in found if number in numbers}
+    hards = {hard for soft, hard in tags if not _tags.is_left_on_purpose((soft, hard))}
+    return {number for hard in hards for number in (hard, _tags.outermost(hard)) if number in numbers}
 
 
 class ForkedWorker:
@@ -104,18 +121,20 @@ class ForkedWorker:
         self._pid = pid
         self._spared: set[int] = set()
 
-    def ask(self, word: str) -> list[Leftover]:
+    def ask(self, word: str) -> list[Left]:
         """As the keeper is asked by the workers that are its children."""
         if word == "spare":
             self._spared.update(self._orphans())
         elif word == "look":
-            return [(pid, linux.words_of(pid), False) for pid in self._orphans()]
+            found = self._orphans()
+            self._spared.update(found)  # told once
+            return [(pid, linux.words_of(pid), False) for pid in found]
         else:
             return [(pid, words, gone) for pid, (words, gone) in self.end().items()]
         return []
 
     def end(self) -> Found:
-        return _end(self._orphans, lambda pid: linux.signal_if(pid, lambda: self._is_member(pid)), FAMILY_LIMIT_S)
+        return _end(self._orphans, lambda pid: linux.signal_if(pid, lambda: self._is_orphan(pid)), FAMILY_LIMIT_S)
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -128,15 +147,20 @@ class ForkedWorker:
 
     def _orphans(self) -> list[int]:
         parents = {pid: linux.parent_of(pid) for pid in filter(self._is_member, linux.processes())}
-        return [
-            pid
-            for pid in parents
-            if pid not in self._spared and not self._is_below(pid, parents) and not linux.is_zombie(pid)
-        ]
+        return [pid for pid in parents if not self._stays(pid, parents.get) and not linux.is_zombie(pid)]
 
-    def _is_below(self, pid: int | None, parents: dict[int, int | None]) -> bool:
-        for _ in parents:
-            if pid == self._pid or pid is None:
+    def _is_orphan(self, pid: int) -> bool:
+        """Now: of those that were listed a parent may have ended, and its pid have been given to another process."""
+
+        def parent_within(pid: int) -> int | None:
+            return linux.parent_of(pid) if self._is_member(pid) else None
+
+        return self._is_member(pid) and not self._stays(pid, parent_within)
+
+    def _stays(self, pid: int | None, parent: Callable[[int], int | None]) -> bool:
+        """It is the worker, or one that is spared, or below one of them."""
+        for _ in range(MOST_GENERATIONS):
+            if pid is None or pid == self._pid or pid in self._spared:
                 break
-            pid = parents.get(pid)
-        return pid == self._pid
+            pid = parent(pid)
+        return pid is not None and (pid == self._pid or pid in self._spared)

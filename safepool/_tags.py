@@ -2,54 +2,59 @@
 
 A tag is a pair of limits of a resource that no kernel looks at any more (see ``_os.linux``): the hard one names the
 keeper, the soft one the worker.  Both survive exec, setsid and a cleared environment, and an ordinary user can only
-lower them.  So pools within pools work downwards: a keeper within a worker takes the worker's soft limit as its own
-hard one, and numbers its workers below that.
+lower them.  So pools within pools work downwards: a keeper within a worker takes a number below that worker's.
 
     keeper            hard = soft = H                  H is a multiple of 2**34 between 2**62 and 2**63
-    its worker n      hard = H, soft = H - n * 2**20
-    a keeper in there hard = soft = that number        a multiple of 2**20
-    its worker m      soft = that number - m * 2**6
-    and once more                                      a multiple of 2**6, numbering in steps of 1
+    its worker n      hard = H, soft = H - n * 2**20   the upper half of n is for workers that its program forks
+    a keeper in there hard = soft = K                  K is a multiple of 2**8 within 2**20 below that; programs of
+                                                       one worker have different ones, for they have different pids
+    its worker m      hard = K, soft = K - m
+    and in there      no tags: what is further in belongs to that worker
 """
 
 from __future__ import annotations
 
 FIRST, LAST = 1 << 62, 1 << 63  # of the numbers that are tags; below the last
-STEPS = (20, 6, 0)  # bits: the distance of two workers, by depth
-WIDTHS = (34, 20, 6)  # bits: all that belongs to one keeper
+OUTER, INNER = 34, 8  # bits: all that belongs to one keeper
+WORKER = 20  # bits: all that belongs to a worker of an outer keeper
 LEFT_ON_PURPOSE = 0x5AFE  # the soft limit of what a task leaves running on purpose
 
 Tag = tuple[int, int]  # soft, hard
 
 
-def fresh(random: bytes, inherited_hard: int, inherited_soft: int) -> int | None:
-    """The number of a new keeper; None where there is none to be had.  ``random``: eight bytes."""
-    if inherited_hard < 0:  # no limit: nobody's family
-        return FIRST + (int.from_bytes(random, "big") % (FIRST >> WIDTHS[0]) << WIDTHS[0])
-    return inherited_soft if FIRST <= inherited_soft <= inherited_hard < LAST else None
+def fresh(random: bytes, pid: int, inherited: Tag) -> int | None:
+    """The number of a new keeper of this process; None where there is none to be had.  ``random``: eight bytes."""
+    soft, hard = inherited
+    if hard < 0:  # no limit: nobody's family
+        return FIRST + (int.from_bytes(random, "big") % (FIRST >> OUTER) << OUTER)
+    if _is_outer(hard) and 0 < hard - soft < 1 << OUTER and soft % (1 << WORKER) == 0:
+        return soft - (1 + pid % ((1 << WORKER - INNER) - 1) << INNER)
+    return None
+
+
+def most_workers(keeper: int) -> int:
+    """How many living workers can be told from each other: so many of the keeper's, and so many forked ones."""
+    return (1 << _width(keeper) - _step(keeper) - 1) - 1
 
 
 def of_worker(keeper: int, launch: int, *, forked: bool = False) -> int:
-    """The soft limit of a keeper's worker, or of one that the user's process forked; used again after thousands."""
-    depth = _depth(keeper)
-    half = (1 << WIDTHS[depth] - STEPS[depth] - 1) - 1
-    return keeper - ((launch - 1) % half + 1 + half * forked << STEPS[depth])
+    """The soft limit of a keeper's worker, or of one that its program forked; used again after ``most_workers``."""
+    most = most_workers(keeper)
+    return keeper - ((launch - 1) % most + 1 + most * forked << _step(keeper))
 
 
 def owner(keeper: int, tag: Tag) -> int | None:
     """The soft limit of the worker in whose family a process with this tag is; None: it cannot be told."""
     soft, hard = tag
-    key = soft if hard == keeper else hard
-    below = keeper - key
-    step, width = STEPS[_depth(keeper)], WIDTHS[_depth(keeper)]
-    if not 0 < below < 1 << width:
+    below = keeper - (soft if hard == keeper else hard)
+    if not 0 < below < 1 << _width(keeper):
         return None
-    return keeper - (below >> step << step)
+    return keeper - (below >> _step(keeper) << _step(keeper))
 
 
 def outermost(hard: int) -> int:
     """The number of the keeper within whose family all keepers above this tag are."""
-    return -(-hard >> WIDTHS[0]) << WIDTHS[0]
+    return -(-hard >> OUTER) << OUTER
 
 
 def is_left_on_purpose(tag: Tag | None) -> bool:
@@ -59,11 +64,17 @@ def is_left_on_purpose(tag: Tag | None) -> bool:
 def is_in_family(keeper: int, tag: Tag) -> bool:
     """Does a process with this tag come from this keeper, and is not left on purpose?"""
     _, hard = tag
-    return not is_left_on_purpose(tag) and 0 <= keeper - hard < 1 << WIDTHS[_depth(keeper)]
+    is_below = FIRST <= hard <= keeper < LAST and keeper - hard < 1 << _width(keeper)
+    return is_below and not is_left_on_purpose(tag)
 
 
-def _depth(keeper: int) -> int:
-    for depth, width in enumerate(WIDTHS):
-        if keeper % (1 << width) == 0:
-            return depth
-    return len(WIDTHS) - 1
+def _is_outer(keeper: int) -> bool:
+    return FIRST <= keeper < LAST and keeper % (1 << OUTER) == 0
+
+
+def _width(keeper: int) -> int:
+    return OUTER if _is_outer(keeper) else INNER
+
+
+def _step(keeper: int) -> int:
+    return WORKER if _is_outer(keeper) else 0

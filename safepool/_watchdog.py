@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from time import monotonic, sleep
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _events as e
 from . import _os, _stacks
@@ -26,7 +26,7 @@ from ._call import Call
 from ._core import Core
 from ._evidence import error_of
 from ._launch import Launcher, Processes
-from ._link import Left, Link
+from ._link import Link
 from ._log import CRITICAL, WARNING, tell
 from ._payload import SPENT
 from ._side import Side
@@ -34,6 +34,9 @@ from ._worker import Setup
 from .errors import Attempt, PoolBroken, with_attempts
 from .leaving import Leftover
 from .policy import PoolPolicy
+
+if TYPE_CHECKING:
+    from ._packets import Left
 
 EVENTS_KEPT = 1000
 STATUS_LIMIT_S = 1.5  # for the exit status of a dead worker to reach us, once its family is ended

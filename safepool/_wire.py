@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from _socket import socket
     from collections.abc import Iterator
 
+    from ._packets import Left
+
 # To the worker: a call to run; the request to exit; what every worker is set up with.
 CALL, EXIT, SETUP = 1, 2, 3
 # From the worker: alive; ready; initializer failed; a task began; it returned; it raised; it left processes.
@@ -52,13 +54,13 @@ def encode(frame: Frame) -> bytes:
     return _HEADER.pack(MAGIC, kind, number, begins, run_s, len(text), len(body)) + text + body
 
 
-def encode_leftovers(left: list[tuple[int, str, bool]]) -> bytes:
+def encode_leftovers(left: list[Left]) -> bytes:
     """What a task left: (pid, command line, is it gone)."""
     return marshal.dumps(left)
 
 
-def leftovers_in(body: bytes) -> list[tuple[int, str, bool]]:
-    left: list[tuple[int, str, bool]] = marshal.loads(body)
+def leftovers_in(body: bytes) -> list[Left]:
+    left: list[Left] = marshal.loads(body)
     return left
 
 

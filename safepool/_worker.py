@@ -59,8 +59,8 @@ def main(
     link = _Link(_os.moved_up(channel), tickets and _os.moved_up(tickets), leftovers)
     _os.fill_standard()
     os.register_at_fork(after_in_child=link.disown)
-    link.send(Frame(_wire.BOOTED, os.getpid()))
     try:
+        link.send(Frame(_wire.BOOTED, os.getpid()))
         if _prepare(link, setup):
             _serve(link)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -243,12 +243,13 @@ def _serve(link: _Link) -> None:
         link.send(Frame(_wire.BEGAN, frame.number))
         while frame is not None:
             answer = _run(frame)
-            if link.leftovers is not None:
-                _tidy_up(link, answer)
+            is_tidy = link.leftovers is None or _tidy_up(link, answer)
             del frame  # nothing of a call is kept while the worker waits
-            frame = link.next_call_at_hand() if _is_complete else None
+            frame = link.next_call_at_hand() if _is_complete and is_tidy else None
             link.answer(answer, 0 if frame is None else frame.number)
             del answer
+            if not is_tidy:
+                return  # its family ends with it
         if not _is_complete:
             complete(until=link.is_to_exit)
 
@@ -279,13 +280,17 @@ def _run(frame: Frame) -> _Answer:
         return _failure(number, error, run_s)
 
 
-def _tidy_up(link: _Link, answer: _Answer) -> None:
-    """End what the task left, and say what it was before the task's answer."""
+def _tidy_up(link: _Link, answer: _Answer) -> bool:
+    """End what the task left, and say what it was before the task's answer.  False: it cannot be told what it left."""
     assert link.leftovers is not None
     number, run_s = (answer.number, answer.run_s) if isinstance(answer, Frame) else answer[:2]
-    left = link.leftovers.look(run_s)
+    try:
+        left = link.leftovers.look(run_s)
+    except OSError:  # the task has left no descriptors, say
+        return False
     if left:
         link.send(Frame(_wire.LEFT, number, body=_wire.encode_leftovers(left)))
+    return True
 
 
 def _unreadable(error: BaseException) -> BaseException:

@@ -53,6 +53,9 @@ def _serve_once(channel: _socket.socket, keeper: int) -> bool:
     read, write = os.pipe()
     try:
         is_there = _fork_in_advance(channel, write, keeper)
+        if not is_there:
+            select.select([channel], [], [])  # until there is a launch for it, or no more
+            is_there = not _is_closed(channel) and _fork_in_advance(channel, write, keeper)
         os.close(write)
         if not is_there:
             return _refuse(channel)
@@ -93,6 +96,10 @@ def _wait_and_live(channel: _socket.socket, write: int, keeper: int) -> NoReturn
             _newborn.belong(family)
             _say(channel, "forked", os.getpid())
             _newborn.live(body, fds)
+    except OSError:
+        pass  # the keeper has ended, or does not want it any more
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
     finally:
         os._exit(0)
 

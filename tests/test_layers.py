@@ -14,9 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: From the ground up.  A module may import from floors below its own only.
 FLOORS = [
     {"_shapes", "_words", "_tags"},
-    {"errors", "policy", "_tables", "_timers", "_wire", "_unpack", "_os", "_log", "_registry", "_packets", "_stacks"},
-    {"_payload", "_families", "_isolation", "_leftovers", "_sweeping", "leaving"},
-    {"_events", "_retry", "_worker", "_contexts", "_side", "_keeper"},
+    {"errors", "policy", "_tables", "_timers", "_wire", "_unpack", "_os", "_log", "_packets", "_stacks"},
+    {"_payload", "_families", "_isolation", "_leftovers", "_registry", "leaving"},
+    {"_events", "_retry", "_worker", "_contexts", "_side", "_sweeping", "_keeper"},
     {"_newborn"},
     {"_zygote", "_keep"},
     {"_records", "_launch"},

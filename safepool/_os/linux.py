@@ -75,9 +75,19 @@ def _children_by_parent() -> list[int]:
 
 
 def parent_of(pid: int) -> int | None:
+    """None: it is gone.  Raises ``OSError`` when it cannot be told."""
+    return _in_stat(pid, 1)
+
+
+def started_at(pid: int) -> int | None:
+    """In ticks since the boot: with its pid this names a process.  None: it is gone."""
+    return _in_stat(pid, 19)
+
+
+def _in_stat(pid: int, field: int) -> int | None:
     try:
-        return int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
+        return int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[field])
+    except (FileNotFoundError, ProcessLookupError, IndexError):
         return None
 
 
