@@ -22,7 +22,7 @@ from multiprocessing import util
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
-from . import _os, _tags
+from . import _os, _registry, _sweeping, _tags
 from ._log import WARNING, tell
 from ._os import linux
 from ._packets import BACK, IGNORED, MOST_BYTES, MOST_FDS, receive
@@ -267,8 +267,6 @@ class Keeper:
             self._sweep()
 
     def _sweep(self) -> None:
-        from . import _registry, _sweeping
-
         try:
             if self._number:
                 # Workers that this process has forked are its own children, and go on: another keeper watches them.
@@ -417,8 +415,6 @@ def _look_for_abandoned() -> None:
 
 def _end_abandoned() -> None:
     """What an earlier program of this user has left that was killed together with its keeper."""
-    from . import _sweeping
-
     sleep(ABANDONED_AFTER_S)
     for entry, found in _sweeping.end_abandoned(SWEEP_LIMIT_S):
         words = (
@@ -468,8 +464,6 @@ def forget(fork: Fork) -> None:
 
 def _end_forked(fork: Fork) -> None:
     """The keeper was killed, and nobody has needed another one since."""
-    from . import _sweeping
-
     _sweeping.ForkedWorker(fork.number, fork.family, 0).end()
 
 

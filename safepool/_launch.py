@@ -231,6 +231,8 @@ class ContextLauncher:
         self._name = name
         self._count = 0
         self._policy = policy if self.method == "fork" and "keeper" in _os.CAPABILITIES else None
+        if self._policy is not None:
+            _keeping()
 
     def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess:
         """Start one worker on its ends of these sockets.  Raises what the start context raises."""
@@ -271,8 +273,9 @@ class ContextLauncher:
 
 
 def _keeping() -> Any:
-    # With what forked workers need: they must not import after a fork, another thread may have held a lock of that.
-    from . import _keep, _leftovers, _sweeping  # noqa: F401
+    # Not when the first worker is launched, on a thread of its own.  Scenario 1: (a) that thread imports, (b) the program
+    # forks, (c) in the child the module is never more than half there.
+    from . import _keep, _leftovers, _sweeping  # noqa: F401  (forked workers use all three)
 
     return _keep
 
@@ -312,8 +315,7 @@ class KeeperLauncher:
 
     def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess:
         """Start one worker on its ends of these sockets.  Raises ``OSError``, and what pickling raises."""
-        from . import _keep
-
+        _keep = _keeping()
         inherited: list[int] = []
         try:
             body = _payload.dumps((dict(os.environ), setup))
@@ -370,10 +372,9 @@ def launcher_of(context: Any, name: str, policy: LaunchPolicy = PLAIN) -> Contex
     if context is None or _contexts.is_stock(context):
         method = "forkserver" if context is None else context.get_start_method(allow_none=False)
         if method != "fork" and "keeper" in _os.CAPABILITIES:
+            _keeping()
             if policy.isolation is not None:
-                from . import _keep
-
-                _keep.require(policy.isolation)
+                _keeping().require(policy.isolation)
             return KeeperLauncher(method, name, policy)
     if policy.isolation is not None:
         raise ValueError(f"isolation={policy.isolation!r} needs Linux, and a start method other than fork")
