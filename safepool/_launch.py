@@ -273,8 +273,8 @@ class ContextLauncher:
 
 
 def _keeping() -> Any:
-    # Not when the first worker is launched, on a thread of its own.  Scenario 1: (a) that thread imports, (b) the program
-    # forks, (c) in the child the module is never more than half there.
+    # When a pool is made, and not on the thread that launches.  Scenario 1: (a) that thread imports, (b) the
+    # program forks, (c) in the child the module is never more than half there.
     from . import _keep, _leftovers, _sweeping  # noqa: F401  (forked workers use all three)
 
     return _keep
