@@ -26,7 +26,7 @@ def fresh(random: bytes, pid: int, inherited: Tag) -> int | None:
     """The number of a new keeper of this process; None where there is none to be had.  ``random``: eight bytes."""
     soft, hard = inherited
     if hard < 0:  # no limit: nobody's family
-        return FIRST + (int.from_bytes(random, "big") % (FIRST >> OUTER) << OUTER)
+        return FIRST + (1 + int.from_bytes(random, "big") % ((FIRST >> OUTER) - 1) << OUTER)
     if _is_outer(hard) and 0 < hard - soft < 1 << OUTER and soft % (1 << WORKER) == 0:
         return soft - (1 + pid % ((1 << WORKER - INNER) - 1) << INNER)
     return None
