@@ -93,6 +93,29 @@ def test_what_cannot_be_forked_is_told_once_and_workers_import_for_themselves(ru
     assert [line for line in done.stdout.split()[::2] if line == "tame"] == ["tame"] * 4
 
 
+MANY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from safepool import SafePoolExecutor
+
+if __name__ == "__main__":
+    pools = [SafePoolExecutor(1, preload=[f"slow_{n}"]) for n in range(7)]
+    futures = [pool.submit(abs, -n) for n, pool in enumerate(pools)]
+    assert [future.result(30) for future in futures] == [*range(7)]
+    for pool in pools:
+        pool.shutdown()
+"""
+
+
+def test_more_preloads_at_once_than_are_kept(tmp_path: Path) -> None:
+    """What is being imported is not let go of, and what there is no room for is imported by the workers."""
+    for n in range(7):
+        (tmp_path / f"slow_{n}.py").write_text("import time\ntime.sleep(0.5)\n")
+    done = run_script(tmp_path / "program.py", MANY, str(tmp_path), limit_s=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
 NUMPY = """
 import os
 from safepool import SafePoolExecutor
