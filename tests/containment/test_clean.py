@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from safepool import CAPABILITIES
+from safepool import CAPABILITIES, _registry, _tags
 from tests.support import LIMIT_S, is_gone, until
 
 pytestmark = pytest.mark.skipif("keeper" not in CAPABILITIES, reason="there is no keeper here")
@@ -48,6 +48,18 @@ with SafePoolExecutor(1) as pool:
     assert pool.submit(abs, -1).result(20) == 1
     time.sleep(float({seconds!r}))
 """
+
+
+# The modules are loaded while the files can be read for certain.
+CLEAN_AS_USER = """
+import os, sys
+from safepool import _cleaning
+os.setgroups([])
+os.setresgid({user}, {user}, {user})
+os.setresuid({user}, {user}, {user})
+sys.exit(not _cleaning.clean("kill", sys.stdout))
+"""
+NOBODY = 65534
 
 
 class Program(NamedTuple):
@@ -136,3 +148,32 @@ def _run_next(program: Program, seconds: float) -> subprocess.CompletedProcess[s
     done = subprocess.run(command, env=program.environ, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_what_belongs_to_another_user_is_named_and_not_passed_over(tmp_path: Path) -> None:
+    """An ordinary user's clean may not signal what became root's: it says so, by pid, and that it is not done."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a process that an ordinary user may not signal")
+    number = _tags.FIRST + (77 << 34)
+    text = f"import resource, time; resource.setrlimit(10, ({number}, {number})); print(flush=True); time.sleep(60)"
+    registry = tmp_path / "safepool"
+    registry.mkdir()
+    with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE) as stranger:
+        try:
+            assert stranger.stdout is not None
+            stranger.stdout.readline()
+            facts = {**_registry.facts_of(os.getpid()), "tag": number, "boot": _registry._boot(), "user started": 1}
+            (registry / f"{number:x}").write_text("".join(f"{name}: {value}\n" for name, value in facts.items()))
+            for path in (tmp_path, registry, registry / f"{number:x}"):
+                os.chown(path, NOBODY, NOBODY)
+            code = CLEAN_AS_USER.format(user=NOBODY)
+            environ = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+            done = subprocess.run(
+                [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=LIMIT_S
+            )
+            assert f"{stranger.pid} " in done.stdout, done.stdout + done.stderr
+            assert "it is user 0's" in done.stdout
+            assert done.returncode == 1
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
