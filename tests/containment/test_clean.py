@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -52,11 +54,12 @@ with SafePoolExecutor(1) as pool:
 
 # The modules are loaded while the files can be read for certain.
 CLEAN_AS_USER = """
-import os, sys
+import ctypes, os, sys
 from safepool import _cleaning
 os.setgroups([])
 os.setresgid({user}, {user}, {user})
 os.setresuid({user}, {user}, {user})
+ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: as any program that a user starts, it may read of itself
 sys.exit(not _cleaning.clean("kill", sys.stdout))
 """
 NOBODY = 65534
@@ -150,13 +153,21 @@ def _run_next(program: Program, seconds: float) -> subprocess.CompletedProcess[s
     return done
 
 
-def test_what_belongs_to_another_user_is_named_and_not_passed_over(tmp_path: Path) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that any user can reach; pytest's own are its user's."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_what_belongs_to_another_user_is_named_and_not_passed_over(open_folder: Path) -> None:
     """An ordinary user's clean may not signal what became root's: it says so, by pid, and that it is not done."""
     if os.geteuid() != 0:
         pytest.skip("only root can make a process that an ordinary user may not signal")
     number = _tags.FIRST + (77 << 34)
     text = f"import resource, time; resource.setrlimit(10, ({number}, {number})); print(flush=True); time.sleep(60)"
-    registry = tmp_path / "safepool"
+    registry = open_folder / "safepool"
     registry.mkdir()
     with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE) as stranger:
         try:
@@ -164,10 +175,10 @@ def test_what_belongs_to_another_user_is_named_and_not_passed_over(tmp_path: Pat
             stranger.stdout.readline()
             facts = {**_registry.facts_of(os.getpid()), "tag": number, "boot": _registry._boot(), "user started": 1}
             (registry / f"{number:x}").write_text("".join(f"{name}: {value}\n" for name, value in facts.items()))
-            for path in (tmp_path, registry, registry / f"{number:x}"):
+            for path in (open_folder, registry, registry / f"{number:x}"):
                 os.chown(path, NOBODY, NOBODY)
             code = CLEAN_AS_USER.format(user=NOBODY)
-            environ = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+            environ = {**os.environ, "XDG_RUNTIME_DIR": str(open_folder)}
             done = subprocess.run(
                 [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=LIMIT_S
             )
