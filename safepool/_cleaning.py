@@ -12,7 +12,6 @@ from . import _registry, _sweeping
 from ._os import linux
 from ._registry import Entry
 
-LEVELS = ("ask", "terminate", "kill")
 GRACE_S = 2.0  # from SIGTERM to the look at what is left
 LIMIT_S = 5.0  # for one family to end
 LOOK_AGAIN_S = 0.02
@@ -42,7 +41,7 @@ def clean(level: str | None, out: TextIO) -> bool:
     if not found:
         print("nothing is left of any pool", file=out)
     elif level is None:
-        print(f"nothing was done: safepool clean --end {{{','.join(LEVELS)}}} ends them", file=out)
+        print("nothing was done: safepool clean --end kill ends them (or terminate, or ask)", file=out)
     return is_clean
 
 
