@@ -135,9 +135,9 @@ class Core:
                     self._at(new.deadline, self._is_live, self._deadline_reached, new.task)
 
     def _on_wanted(self, event: e.WorkerWanted) -> None:
-        if not self._idle:
-            most = self._policy.max_workers
-            self._manned = most if self._policy.start_all else min(most, max(self._manned, len(self._workers) + 1))
+        # Also beside a worker that has nothing to do: if one of the stock pool's has not worked yet, it starts another.
+        most = self._policy.max_workers
+        self._manned = most if self._policy.start_all else min(most, max(self._manned, len(self._workers) + 1))
 
     def _on_cancel(self, event: e.CancelRequested) -> None:
         task = self._tasks.get(event.task)

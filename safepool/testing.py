@@ -132,6 +132,10 @@ class Simulation:
         self._cancel_wanted.add(task)
         self._feed(e.CancelRequested(self.now, task, kill=True))
 
+    def want_worker(self) -> None:
+        """A call came that cannot be sent."""
+        self._feed(e.WorkerWanted(self.now))
+
     def shutdown(self, *, cancel: bool) -> None:
         self._cancel_all |= cancel
         self._feed(e.ShutdownRequested(self.now, cancel))

@@ -52,6 +52,11 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
         def submit_many(self, count: int, timeout: float | None) -> None:
             self.sim.submit_many(count, timeout=timeout)
 
+        @precondition(lambda self: not self.sim.closed)
+        @rule()
+        def submit_what_cannot_be_sent(self) -> None:
+            self.sim.want_worker()
+
         @precondition(lambda self: self.sim.tasks)
         @rule(n=pick, later=st.booleans())
         def cancel(self, n: int, later: bool) -> None:

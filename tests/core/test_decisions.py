@@ -88,3 +88,14 @@ def test_a_shortage_that_lasts_breaks_the_pool_with_the_evidence() -> None:
     sim.submit()
     sim.advance(_core.SHORTAGE_S + 1.0)
     assert (states(sim), sim.core.snapshot().pool) == (["broken"], "closed")
+
+
+def test_each_call_that_cannot_be_sent_starts_a_worker_however_fast_workers_start() -> None:
+    """As with the stock pool, which counts a worker as idle when it has worked; CPython's tests count processes."""
+    sim = Simulation(PoolPolicy(max_workers=3))
+    for so_many in (1, 2, 3, 3):
+        sim.want_worker()
+        assert len(sim.workers) == so_many
+        for worker in tuple(sim.workers):
+            sim.ready(worker)
+    sim.settle()
