@@ -286,13 +286,18 @@ class Core:
             self._mean_s = event.run_s if mean is None else max(event.run_s, 0.8 * mean + 0.2 * event.run_s)
         if event.begun is not None:
             self._task_began(worker, event.begun)
-        if worker.state is W.BUSY and worker.sent and not worker.begun:
+        if worker.state is W.BUSY:
+            self._after_answers(worker)
+        elif worker.sent and worker.kills == 0 and worker.sent[0].new.task in dict(event.finished):
+            self._kill(worker)  # what was to end has ended within its grace: there is nothing to wait for
+
+    def _after_answers(self, worker: Worker) -> None:
+        if worker.sent and not worker.begun:
             self._await_start(worker)
-        if worker.state is W.BUSY and not worker.sent:
-            if worker.left == 0:
-                self._retire(worker)
-            else:
-                self._move_worker(worker, W.IDLE)
+        elif not worker.sent and worker.left == 0:
+            self._retire(worker)
+        elif not worker.sent:
+            self._move_worker(worker, W.IDLE)
 
     def _pop_sent(self, worker: Worker, number: int) -> Task | None:
         """The task as it leaves the worker; None for an answer nobody waits for."""
@@ -332,7 +337,7 @@ class Core:
         self._move_task(task, T.DOOMED)
         task.failure, task.wish = task.wish._replace(worker=worker.number), None
         if worker.state is not W.KILLING:
-            self._kill(worker)
+            self._kill(worker, hard=not self._policy.grace, grace_s=self._policy.grace)
 
     def _attempt_failed(self, task: Task, failure: Failure) -> None:
         """Retry, as far as the policy of the task and the state of the pool allow; or settle."""
@@ -519,14 +524,14 @@ class Core:
     def _retire_overdue(self, number: int) -> None:
         self._kill(self._workers[number])
 
-    def _kill(self, worker: Worker, *, hard: bool = True, ours: bool = True) -> None:
+    def _kill(self, worker: Worker, *, hard: bool = True, ours: bool = True, grace_s: float = TERM_GRACE_S) -> None:
         """A request: only ``WorkerDied`` ends a worker and frees its seat."""
         if worker.state is not W.KILLING:
             self._move_worker(worker, W.KILLING)
             worker.ended_by_us = ours
         self._out.append(e.Kill(worker.number, hard))
         if not hard:
-            wait = TERM_GRACE_S
+            wait = grace_s
         else:
             wait = KILL_AGAIN_S[min(worker.kills, len(KILL_AGAIN_S) - 1)]
             worker.kills += 1

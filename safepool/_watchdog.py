@@ -105,7 +105,7 @@ class Watchdog:
         self._watched: dict[int, int] = {}  # worker -> the descriptor that reports its death, then its status
         self._writing: set[int] = set()
         self._dying: dict[int, tuple[Link, float]] = {}
-        self._asked: dict[int, tuple[Link, float]] = {}  # to be killed when they have said what they are doing
+        self._asked: dict[int, tuple[Link, float, bool]] = {}  # to be killed when they have said what they are doing
         self._told_leftovers: set[str] = set()
         self._events: deque[e.Event] = deque()
         self.event_log: deque[str | e.Event] = deque(maxlen=EVENTS_KEPT)
@@ -586,9 +586,9 @@ class Watchdog:
         link = self._links.get(command.worker)
         if command.worker in self._asked:
             return
-        if link is not None and command.hard and link.process.stacks is not None and link.unanswered():
+        if link is not None and link.process.stacks is not None and link.unanswered():
             link.process.ask_stacks()
-            self._asked[command.worker] = link, monotonic() + _stacks.ANSWER_LIMIT_S
+            self._asked[command.worker] = link, monotonic() + _stacks.ANSWER_LIMIT_S, command.hard
         elif link is not None:
             link.process.kill(hard=command.hard)
         elif command.worker in self._launching:
@@ -596,15 +596,15 @@ class Watchdog:
 
     def _kill_the_asked(self) -> None:
         """Those that have said what they are doing, or do not say it in time."""
-        for worker, (link, limit) in tuple(self._asked.items()):
+        for worker, (link, limit, hard) in tuple(self._asked.items()):
             assert link.process.stacks is not None
             if link.process.stacks.is_written() or monotonic() >= limit:
                 del self._asked[worker]
                 for task in link.unanswered()[:1]:
                     call = self._calls.get(task)
                     if call is not None:
-                        call.future.stacks = link.process.stacks.take()
-                link.process.kill(hard=True)
+                        call.future.stacks = link.process.stacks.take() or call.future.stacks
+                link.process.kill(hard=hard)
 
     def _act_abandon(self, command: e.Abandon) -> None:
         link = self._links.get(command.worker)

@@ -24,7 +24,7 @@ from ._words import traceback_of
 from ._worker import Setup
 from .errors import PoolBroken
 from .future import SafeFuture, blame, remote_traceback
-from .policy import MAX_WINDOWS_WORKERS, LaunchPolicy, PoolPolicy, TaskOptions, as_preload
+from .policy import MAX_WINDOWS_WORKERS, LaunchPolicy, PoolPolicy, TaskOptions, as_preload, seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
       ends all that is in it, whatever happens; tasks see other process ids then;
     * ``preload``: names of modules that are imported once, before workers are forked.  What starts a thread or
       a process, or opens a file, when it is imported cannot be: it is told once, and workers import for themselves;
+    * ``grace``: seconds between SIGTERM and SIGKILL that a task has to clean up when it is stopped, at a limit or by
+      ``future.kill()``; 0, the default, is SIGKILL at once, and limits are exact;
     * ``stacks``: a worker is asked what its threads are doing before it is killed, at a limit, say, for at most 50 ms;
       it is a note on the error, and ``future.stacks``.  ``dump_stacks`` asks all workers at any time;
     * ``name``: for threads, processes and messages.
@@ -152,6 +154,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         isolation: Isolation = None,
         preload: Iterable[str] | None = None,
         stacks: bool = False,
+        grace: float = 0.0,
         name: str | None = None,
     ) -> None:
         process._check_system_limits()
@@ -177,6 +180,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             start_all=launcher.method == "fork",
             take_back="take_back" in _os.CAPABILITIES,
             initializer=None if initializer is None else _name_of(initializer),
+            grace=_grace(grace),
         )
         self._has_stacks = stacks and "keeper" in _os.CAPABILITIES
         self._forks = launcher.method == "fork"
@@ -384,6 +388,13 @@ def _nominal_context(max_tasks_per_child: int | None) -> Any:
     wanted = "spawn" if max_tasks_per_child is not None else "forkserver"
     methods = multiprocessing.get_all_start_methods()
     return multiprocessing.get_context(wanted if wanted in methods else "spawn")
+
+
+def _grace(value: Any) -> float:
+    grace_s = seconds(value, "grace", zero=True)
+    if grace_s is None:
+        raise ValueError("grace must be finite: a worker that ignores SIGTERM would never be stopped")
+    return grace_s
 
 
 def _name_of(fn: Any) -> str:

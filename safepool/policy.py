@@ -93,7 +93,8 @@ class TaskOptions:
 class PoolPolicy:
     """What the core needs to know about the pool.
 
-    ``take_back``: unbegun tasks can be taken back; ``initializer``: its name, for messages.
+    ``take_back``: unbegun tasks can be taken back; ``initializer``: its name, for messages; ``grace``: seconds from
+    SIGTERM to SIGKILL for a worker whose task is stopped, 0 for SIGKILL at once.
     """
 
     max_workers: int
@@ -102,6 +103,7 @@ class PoolPolicy:
     start_all: bool = False
     take_back: bool = True
     initializer: str | None = None
+    grace: float = 0.0
 
     def __post_init__(self) -> None:
         whole(self.max_workers, "max_workers", least=1)

@@ -27,9 +27,12 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
             death=st.sampled_from(["heal", "heal", "heal", "break"]),
             tickets=st.sampled_from([True, True, True, False]),
             all_at_once=st.booleans(),
+            grace=st.sampled_from([0.0, 0.0, 0.2]),
         )
-        def make(self, workers: int, turnover: int | None, death: str, tickets: bool, all_at_once: bool) -> None:
-            policy = PoolPolicy(workers, turnover, death, start_all=all_at_once, take_back=tickets)  # type: ignore[arg-type]
+        def make(
+            self, workers: int, turnover: int | None, death: str, tickets: bool, all_at_once: bool, grace: float
+        ) -> None:
+            policy = PoolPolicy(workers, turnover, death, all_at_once, tickets, grace=grace)  # type: ignore[arg-type]
             self.sim = Simulation(policy, core)
 
         # ------------------------------------------------------------ users
