@@ -15,6 +15,7 @@ import builtins
 import functools
 import io
 import itertools
+import marshal
 import os
 import pickle
 import sys
@@ -300,7 +301,14 @@ def _by_value_pickler(shared_main: bool) -> Any:
                 return reduced
 
         class ByValue(ByValueHome):
-            """The same, but functions of ``__main__`` keep sharing its namespace at the far end."""
+            """The same, but functions of ``__main__`` keep sharing its namespace at the far end.
+
+            And what they are made of is named so that the worker need not load cloudpickle for it.
+            """
+
+            dispatch_table: ClassVar[Any] = ChainMap(
+                {types.CodeType: _reduce_code, types.ModuleType: _reduce_module}, ByValueHome.dispatch_table
+            )
 
             def reducer_override(self, obj: Any) -> Any:
                 if type(obj) is _LruCache and obj.__module__ in _MAINS:
@@ -316,13 +324,32 @@ def _by_value_pickler(shared_main: bool) -> Any:
                 if package:
                     slots["__globals__"]["__package__"] = package
                 slots["__globals__"] = _versioned(slots["__globals__"])
-                return make, (code, _TheirMain(), *more), (state, slots), None, None, _unpack.set_function_of_main
+                made: tuple[Any, ...] = (make, (code, _TheirMain(), *more))
+                if func.__closure__ is None:
+                    made = (_unpack.function_of_main, (code, _TheirMain()))
+                return *made, (state, slots), None, None, _unpack.set_function_of_main
 
         _by_value_classes[:] = ByValueHome, ByValue
     return _by_value_classes[shared_main]
 
 
 _by_value_classes: list[Any] = []
+PLAIN_MARSHAL = 2  # the last version without references: the same code has the same bytes each time
+
+
+def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
+    try:
+        data = marshal.dumps(code, PLAIN_MARSHAL)
+    except ValueError:
+        data = marshal.dumps(code)  # a slice among its constants, say, on Python 3.14
+    return marshal.loads, (data,)  # workers are the same interpreter
+
+
+def _reduce_module(module: types.ModuleType) -> tuple[Any, ...]:
+    from cloudpickle import cloudpickle
+
+    reduced: tuple[Any, ...] = cloudpickle._module_reduce(module)
+    return (_unpack.module, *reduced[1:]) if reduced[0] is cloudpickle.subimport else reduced
 
 
 def _with_slots(cls: type, reduced: tuple[Any, ...]) -> tuple[Any, ...]:

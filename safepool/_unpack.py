@@ -6,6 +6,7 @@ The other half, and what is said there of ``__main__``, is ``_payload``.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import sys
 from _pickle import Pickler, PicklingError  # what pickle gives out under the same names
@@ -14,6 +15,7 @@ from _pickle import loads as _loads
 from _struct import Struct
 from copyreg import dispatch_table
 from io import BytesIO
+from types import FunctionType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ MOST_FUNCTIONS = 512  # that a worker keeps loaded
 HEAD = Struct("<BQ")  # flags, length of the pickled arguments; they and the function follow
 KEEP, CHUNK = 1, 2
 PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
+NOT_SET = frozenset({"__globals__", "__closure__", "_cloudpickle_submodules"})  # of the state of a function
 absent = object()
 
 _functions: dict[bytes, Any] = {}  # loaded, by their pickle
@@ -164,10 +167,36 @@ def cached(parameters: dict[str, Any], fn: Any) -> Any:
     return functools.lru_cache(**parameters)(fn)
 
 
-def set_function_of_main(fn: Any, state: Any) -> None:
-    """What cloudpickle does, but only globals that were rebound at home are assigned."""
-    from cloudpickle.cloudpickle import _function_setstate
+# What cloudpickle does in a worker for most functions of a script, without its being loaded: that takes longer than
+# all else that the first result of a program waits for.
 
+
+def module(name: str) -> Any:
+    __import__(name)
+    return sys.modules[name]
+
+
+def function_of_main(code: Any, namespace: dict[str, Any]) -> Any:
+    namespace.setdefault("__builtins__", builtins)
+    return FunctionType(code, namespace)
+
+
+def set_function_of_main(fn: Any, state: Any) -> None:
+    """But only globals that were rebound at home are assigned."""
+    _set_globals_of_main(state)
+    attributes, slots = state
+    if slots["__closure__"] is not None:
+        from cloudpickle.cloudpickle import _function_setstate
+
+        _function_setstate(fn, state)
+        return
+    fn.__dict__.update(attributes)
+    for name, value in slots.items():
+        if name not in NOT_SET:
+            setattr(fn, name, value)
+
+
+def _set_globals_of_main(state: Any) -> None:
     here = main()
     for name, (version, value) in state[1]["__globals__"].items():
         # Not what is older than what it has: a task may be pickled before another one and run after it.
@@ -181,4 +210,3 @@ def set_function_of_main(fn: Any, state: Any) -> None:
             here[name] = value
         _given[name] = version if known is None else max(known, version)
     state[1]["__globals__"] = {}
-    _function_setstate(fn, state)

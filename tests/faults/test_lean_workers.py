@@ -16,7 +16,7 @@ import pytest
 from safepool import _payload, _wire
 from safepool._wire import Frame
 from safepool._worker import Setup
-from tests.support import LIMIT_S
+from tests.support import LIMIT_S, run_script
 
 ROOT = Path(__file__).parents[2]
 BE_A_WORKER = "import sys; from safepool import _os, _worker; _worker.main(_os.socket_of(int(sys.argv[1])), None)"
@@ -160,3 +160,43 @@ def test_a_first_result_that_cannot_be_pickled(lean: Callable[..., LeanWorker]) 
         answer = lean().call(eval, f"[{loss}, __import__('_thread').allocate_lock()]")
         assert answer.kind == _wire.RAISED
         assert "cannot pickle '_thread.lock'" in str(pickle.loads(answer.body))
+
+
+FIRST = """
+import math, os.path, sys
+from safepool import SafePoolExecutor
+
+FACTOR = 3
+counted = []
+
+def times(number: int, *, by: int = 2) -> int:
+    "Multiplies."
+    return number * by * FACTOR
+
+times.mark = "kept"
+
+def first(number):
+    counted.append(number)
+    loaded = "cloudpickle" in sys.modules
+    return times(number) + math.floor(2.5), os.path.basename("a/b"), times.mark, times.__doc__, loaded
+
+def later():
+    return counted, [n * FACTOR for n in counted], (lambda: FACTOR)()
+
+def closing(number):
+    def inner():
+        return number + FACTOR
+    return inner
+
+if __name__ == "__main__":
+    with SafePoolExecutor(1) as pool:
+        assert pool.submit(first, 2).result(20) == (14, "b", "kept", "Multiplies.", False)
+        assert pool.submit(later).result(20) == ([2], [6], 3)
+        assert pool.submit(closing(4)).result(20) == 7
+"""
+
+
+def test_the_first_function_of_a_script_does_not_wait_for_cloudpickle(tmp_path: Path) -> None:
+    """Globals, modules, attributes, defaults and state are as ever; a closure loads what it needs."""
+    done = run_script(tmp_path / "program.py", FIRST)
+    assert done.returncode == 0, done.stderr
