@@ -496,5 +496,12 @@ atexit.register(_at_exit)
 
 
 def require(isolation: Isolation) -> None:
-    """Start the keeper of isolated pools.  Raises ``RuntimeError`` or ``OSError`` if it cannot be had."""
+    """Have a keeper started.  Raises ``RuntimeError`` or ``OSError`` if it cannot be had."""
     _keeper(isolation)
+
+
+def prepare(isolation: Isolation) -> None:
+    """Have one started if there has been none yet, and nobody is just doing it.  Raises nothing."""
+    if isolation not in _keepers and not _lock.locked():
+        with suppress(OSError, RuntimeError):
+            _keeper(isolation)

@@ -212,6 +212,9 @@ class Processes(dict[int, Any]):
 class Launcher(Protocol):
     """What the watchdog asks for."""
 
+    def prepare(self) -> None:
+        """A first launch will come soon: begin what takes long and can be done meanwhile.  Raises nothing."""
+
     def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess: ...
 
 
@@ -233,6 +236,9 @@ class ContextLauncher:
         self._policy = policy if self.method == "fork" and "keeper" in _os.CAPABILITIES else None
         if self._policy is not None:
             _keeping()
+
+    def prepare(self) -> None:
+        """There is nothing to do."""
 
     def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess:
         """Start one worker on its ends of these sockets.  Raises what the start context raises."""
@@ -312,6 +318,10 @@ class KeeperLauncher:
         self._name = name
         self._policy = policy
         self._count = 0
+
+    def prepare(self) -> None:
+        """Start the keeper, if there is none: it takes as long as pickling the first function of a script."""
+        _keeping().prepare(self._policy.isolation)
 
     def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess:
         """Start one worker on its ends of these sockets.  Raises ``OSError``, and what pickling raises."""

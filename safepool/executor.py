@@ -184,6 +184,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         )
         self._has_stacks = stacks and "keeper" in _os.CAPABILITIES
         self._forks = launcher.method == "fork"
+        self._launcher = launcher
         self._held: Held | None = None
         self._shutdown_thread = False
         self._lock = threading.RLock()  # the garbage collector may run a finalizer that submits
@@ -208,6 +209,8 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             raise TypeError(f"fn must be callable; got {fn!r}")
         watchdog = self._watchdog
         self._check_open()
+        if watchdog.thread is None:
+            self._launcher.prepare()
         future = SafeFuture(watchdog, next(_tasks), options.name or _name_of(fn))
         payload: Payload | None
         try:
