@@ -227,9 +227,9 @@ def _count_around(one: Any, rounds: int) -> None:
         one(number)
     gc.collect()
     since = monotonic()
-    while grown(before, census()) and monotonic() < since + LIMIT_S / 2:
-        sleep(0.05)
-    tell(grown=grown(before, census()))
+    while (left := grown(before, census())) and monotonic() < since + LIMIT_S / 2:
+        sleep(0.05)  # the next worker may just be being forked in advance
+    tell(grown=left)
 
 
 def census() -> dict[str, int]:
