@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from ._packets import Left
-
-    Preload = tuple[list[str], dict[str, str], tuple[str, ...]] | None  # sys.path, environment, what to import
+    from ._packets import Left, Preload
 else:
     import _signal
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import signal as _signal
     from typing import Any
 
+    Preload = tuple[list[str], dict[str, str], tuple[str, ...]] | None  # sys.path, environment, what to import
     Left = tuple[int, str, bool]  # what a task has left: pid, command line, is it gone
 else:
     import _signal

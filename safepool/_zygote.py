@@ -24,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-    from ._keeper import Preload
+    from ._packets import Preload
 
 BEGUN = b"!"
 QUIET_S = 0.01  # a worker that starts does not share its processor with what only later ones need
