@@ -24,6 +24,7 @@ else:
     import _signal
 
 LIMIT_S = 1.0  # for a family to end; then its worker's end is told all the same
+NOT_ENDED = (0, "", False)  # the last of what is told, if a family has not ended in that time
 MOST_TOLD = 32  # leftovers of one sweep
 
 
@@ -118,8 +119,19 @@ class Families:
             if not finished:
                 return
             for family in finished:
-                sweep = self._sweeps.pop(family)
-                sweep.done(list(sweep.found.values()))
+                self._finish(family, is_gone=family not in left)
+
+    def _finish(self, family: int | None, *, is_gone: bool) -> None:
+        """Tell; a family that forks as fast as it is killed is killed on and on, but nobody waits for it any longer."""
+        sweep = self._sweeps.pop(family)
+        found = list(sweep.found.values())
+        if sweep.kill and not is_gone and family is not None:
+            if family in self._living:
+                found.append(NOT_ENDED)  # its worker ends over it: the next task would start among them
+            else:
+                silent = self._sweeps[family] = Sweep(kill=True, done=_tell_nobody)
+                silent.until = float("inf")
+        sweep.done(found)
 
     def _orphans(self) -> Iterator[tuple[int, int | None]]:
         """(pid, family) of the children that nobody asked for."""
@@ -164,6 +176,10 @@ class Families:
             tag = linux.tag_of(pid)
             if self._is_marked or not _tags.is_left_on_purpose(tag):
                 yield pid, tag
+
+
+def _tell_nobody(found: list[Left]) -> None:
+    pass
 
 
 def kill(child: int) -> bool:

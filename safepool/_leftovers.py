@@ -50,6 +50,7 @@ class AtKeeper:
 
     def __init__(self, channel: _socket.socket) -> None:
         self._channel = channel
+        self.is_hopeless = False  # what was to end goes on
         channel.settimeout(ANSWER_LIMIT_S)
 
     def ask(self, word: str) -> list[Left]:
@@ -57,9 +58,12 @@ class AtKeeper:
         try:
             self._channel.send(word.encode())
             found: list[Left] = marshal.loads(self._channel.recv(MOST_BYTES))
-            return found
         except (OSError, EOFError, ValueError):
             return []  # it has ended, and so will this worker
+        if found and found[-1][0] == 0:
+            self.is_hopeless = True
+            found.pop()
+        return found
 
     def close(self) -> None:
         self._channel.close()
@@ -98,6 +102,10 @@ class Leftovers:
         found += self._orphans.ask("sweep" if self._policy == "kill" else "look")
         self._waited_for = _waited_for()
         return found
+
+    def is_hopeless(self) -> bool:
+        """Something goes on forking as fast as it is killed: it is ended with the worker, and not before."""
+        return self._orphans.is_hopeless
 
     def close(self) -> None:
         self._orphans.close()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EMPTY_ROUNDS = 2  # in a row: then nobody is left
 LOOK_AGAIN_S = 0.002
+MOST_TOLD = 32  # members of one family whose command lines are read
 MOST_GENERATIONS = 1000  # between a worker and a process that it has to do with
 FAMILY_LIMIT_S = 1.0  # for the family of one worker to end
 
@@ -65,7 +66,8 @@ def _end(look: Callable[[], Iterable[int]], kill: Callable[[int], bool], limit_s
         for pid in look():
             if not found.get(pid, ("", True))[1]:
                 continue
-            found.setdefault(pid, (linux.words_of(pid), True))
+            if pid not in found:  # (who forks as fast as this kills must not wait for words)
+                found[pid] = linux.words_of(pid) if len(found) < MOST_TOLD else "", True
             try:
                 is_allowed = kill(pid)
             except OSError:
@@ -120,6 +122,7 @@ class ForkedWorker:
         self._family = family
         self._pid = pid
         self._spared: set[int] = set()
+        self.is_hopeless = False
 
     def ask(self, word: str) -> list[Left]:
         """As the keeper is asked by the workers that are its children."""
@@ -146,7 +149,10 @@ class ForkedWorker:
         return _tags.owner(self._number, tag) == self._family
 
     def _orphans(self) -> list[int]:
-        parents = {pid: linux.parent_of(pid) for pid in filter(self._is_member, linux.processes())}
+        members = filter(self._is_member, linux.processes())
+        if self._pid == 0:
+            return [pid for pid in members if not linux.is_zombie(pid)]
+        parents = {pid: linux.parent_of(pid) for pid in members}
         return [pid for pid in parents if not self._stays(pid, parents.get) and not linux.is_zombie(pid)]
 
     def _is_orphan(self, pid: int) -> bool:
@@ -155,7 +161,7 @@ class ForkedWorker:
         def parent_within(pid: int) -> int | None:
             return linux.parent_of(pid) if self._is_member(pid) else None
 
-        return self._is_member(pid) and not self._stays(pid, parent_within)
+        return self._is_member(pid) and (self._pid == 0 or not self._stays(pid, parent_within))
 
     def _stays(self, pid: int | None, parent: Callable[[int], int | None]) -> bool:
         """It is the worker, or one that is spared, or below one of them."""

@@ -281,7 +281,7 @@ def _run(frame: Frame) -> _Answer:
 
 
 def _tidy_up(link: _Link, answer: _Answer) -> bool:
-    """End what the task left, and say what it was before the task's answer.  False: it cannot be told what it left."""
+    """End what the task left, and say what it was before the task's answer.  False: that cannot be done."""
     assert link.leftovers is not None
     number, run_s = (answer.number, answer.run_s) if isinstance(answer, Frame) else answer[:2]
     try:
@@ -290,7 +290,7 @@ def _tidy_up(link: _Link, answer: _Answer) -> bool:
         return False
     if left:
         link.send(Frame(_wire.LEFT, number, body=_wire.encode_leftovers(left)))
-    return True
+    return not link.leftovers.is_hopeless()
 
 
 def _unreadable(error: BaseException) -> BaseException:
