@@ -437,7 +437,7 @@ def next_fork(policy: LaunchPolicy) -> Fork | None:
     """None: there is no keeper to be had, or there are no tags left."""
     try:
         number = _keeper(None)._number
-    except OSError:
+    except Exception:  # a program that an interpreter is embedded in has no ``sys.executable``, say
         return None
     for _ in range(_tags.most_workers(number) if number else 0):
         family = _tags.of_worker(number, next(_forks), forked=True)
@@ -503,5 +503,5 @@ def require(isolation: Isolation) -> None:
 def prepare(isolation: Isolation) -> None:
     """Have one started if there has been none yet, and nobody is just doing it.  Raises nothing."""
     if isolation not in _keepers and not _lock.locked():
-        with suppress(OSError, RuntimeError):
+        with suppress(Exception):  # the first launch meets the same, and tells
             _keeper(isolation)
