@@ -341,8 +341,10 @@ def _keeper(isolation: Isolation) -> Keeper:
             # (Else its workers go on; it ends with this process.)
             keeper = None
         if keeper is None:
-            keeper = _keepers[isolation] = Keeper(isolation)
-            _start_tracker()
+            # Scenario 1: (a) a program has closed its stdout, (b) a channel is opened at its number, (c) it prints.
+            with _os.above_standard():
+                keeper = _keepers[isolation] = Keeper(isolation)
+                _start_tracker()
             if isolation is None:
                 for fork, pidfd in tuple(_forked.values()):
                     keeper.watch(fork, pidfd)
