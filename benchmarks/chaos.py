@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from time import monotonic
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -29,6 +30,7 @@ from benchmarks.fault_rows import KEPT, family
 
 WORKERS = 2
 IN_FLIGHT = 200
+ROUNDS = 3
 SETTLE_S = 5.0  # for all futures to be done after the last kill
 
 
@@ -92,6 +94,13 @@ def play(name: str, seconds: float, every: float) -> dict[str, Any]:
     return {"per_s": right / took, "right": right, "failed": failed, "kills": kills[0], "why": "; ".join(why)}
 
 
+def _end_at_once() -> NoReturn:
+    """A pool that is of no use does not let its program end, nor its workers with it."""
+    for _ in range(ROUNDS):  # it may replace those that are killed
+        _kill_descendants(os.getpid())
+    os._exit(0)
+
+
 def _name(process: psutil.Process) -> str:
     try:
         return str(process.name())
@@ -120,17 +129,16 @@ def run(name: str, seconds: float, every: float) -> dict[str, Any]:
         except (subprocess.TimeoutExpired, ValueError, IndexError):
             return {"per_s": 0.0, "right": 0, "failed": 0, "kills": 0, "why": "hung, or died"}
         finally:
-            for child in _descendants(process.pid):
-                with suppress(psutil.Error):
-                    child.kill()
+            if process.poll() is None:
+                process.send_signal(signal.SIGSTOP)  # else it would go on making workers
+                _kill_descendants(process.pid)
             process.kill()
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
+def _kill_descendants(pid: int) -> None:
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
 
 
 def main() -> int:
@@ -149,7 +157,7 @@ def main() -> int:
         except NotOffered as error:
             told = {"per_s": 0.0, "right": 0, "failed": 0, "kills": 0, "why": str(error)}
         print(json.dumps(told), flush=True)
-        os._exit(0)  # a pool that is of no use does not let its program end
+        _end_at_once()
     names = options.pools.split(",")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(options.repeat):

@@ -11,6 +11,7 @@ from time import monotonic
 
 from . import _tags
 from ._os import linux
+from ._packets import NOT_ENDED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ else:
     import _signal
 
 LIMIT_S = 1.0  # for a family to end; then its worker's end is told all the same
-NOT_ENDED = (0, "", False)  # the last of what is told, if a family has not ended in that time
 MOST_TOLD = 32  # leftovers of one sweep
 
 

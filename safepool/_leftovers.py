@@ -19,6 +19,7 @@ from time import monotonic, sleep
 
 from . import _tags
 from ._os import linux
+from ._packets import NOT_ENDED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class AtKeeper:
             found: list[Left] = marshal.loads(self._channel.recv(MOST_BYTES))
         except (OSError, EOFError, ValueError):
             return []  # it has ended, and so will this worker
-        if found and found[-1][0] == 0:
+        if found and found[-1] == NOT_ENDED:
             self.is_hopeless = True
             found.pop()
         return found

@@ -21,6 +21,8 @@ else:
 
 MOST_BYTES = 1 << 17
 MOST_FDS = 64
+#: The last of what a worker is told of its family, if it has not ended in time.
+NOT_ENDED = (0, "", False)
 #: What the keeper ignores: whoever stops a program means the program.
 IGNORED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGTSTP, _signal.SIGUSR1)
 #: How a new interpreter finds the package, wherever it is: its home is the first argument.

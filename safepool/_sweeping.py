@@ -9,6 +9,7 @@ import os
 from time import monotonic, sleep
 
 from . import _registry, _tags
+from ._families import LIMIT_S, MOST_TOLD
 from ._os import linux
 
 TYPE_CHECKING = False
@@ -22,39 +23,31 @@ if TYPE_CHECKING:
 
 EMPTY_ROUNDS = 2  # in a row: then nobody is left
 LOOK_AGAIN_S = 0.002
-MOST_TOLD = 32  # members of one family whose command lines are read
 MOST_GENERATIONS = 1000  # between a worker and a process that it has to do with
-FAMILY_LIMIT_S = 1.0  # for the family of one worker to end
 
 
-def is_member(number: int, pid: int) -> bool:
+def is_member(number: int, pid: int, spared: Container[int | None] = ()) -> bool:
+    """Of the family of this keeper, but not of its workers ``spared``."""
     tag = linux.tag_of(pid)
-    return tag is not None and _tags.is_in_family(number, tag)
+    return tag is not None and _tags.is_in_family(number, tag) and _tags.owner(number, tag) not in spared
 
 
-def signal_member(number: int, pid: int, signal: int = linux.SIGKILL) -> bool:
+def signal_member(number: int, pid: int, signal: int = linux.SIGKILL, *, spared: Container[int | None] = ()) -> bool:
     """False: it is another user's."""
-    return linux.signal_if(pid, lambda: is_member(number, pid), signal)
+    return linux.signal_if(pid, lambda: is_member(number, pid, spared), signal)
 
 
-def members(number: int) -> Iterator[int]:
-    """Pids of the living members of the family of this keeper; they may be reused a moment later."""
+def members(number: int, spared: Container[int | None] = ()) -> Iterator[int]:
+    """Pids of the living members; they may be reused a moment later."""
     me = os.getpid()
     for pid in linux.processes():
-        if is_member(number, pid) and pid != me and not linux.is_zombie(pid):
+        if is_member(number, pid, spared) and pid != me and not linux.is_zombie(pid):
             yield pid
 
 
 def end_family(number: int, limit_s: float, spared: Container[int | None] = ()) -> Found:
     """Kill all members, to two empty rounds, for at most ``limit_s``; but those of the workers ``spared``."""
-
-    def is_meant(pid: int) -> bool:
-        tag = linux.tag_of(pid)
-        return tag is not None and _tags.is_in_family(number, tag) and _tags.owner(number, tag) not in spared
-
-    return _end(
-        lambda: filter(is_meant, members(number)), lambda pid: linux.signal_if(pid, lambda: is_meant(pid)), limit_s
-    )
+    return _end(lambda: members(number, spared), lambda pid: signal_member(number, pid, spared=spared), limit_s)
 
 
 def _end(look: Callable[[], Iterable[int]], kill: Callable[[int], bool], limit_s: float) -> Found:
@@ -122,7 +115,7 @@ class ForkedWorker:
         self._family = family
         self._pid = pid
         self._spared: set[int] = set()
-        self.is_hopeless = False
+        self.is_hopeless = False  # what cannot be ended in time is left to the end of the program
 
     def ask(self, word: str) -> list[Left]:
         """As the keeper is asked by the workers that are its children."""
@@ -137,7 +130,7 @@ class ForkedWorker:
         return []
 
     def end(self) -> Found:
-        return _end(self._orphans, lambda pid: linux.signal_if(pid, lambda: self._is_orphan(pid)), FAMILY_LIMIT_S)
+        return _end(self._orphans, lambda pid: linux.signal_if(pid, lambda: self._is_orphan(pid)), LIMIT_S)
 
     def close(self) -> None:
         """There is nothing to close."""

@@ -585,8 +585,9 @@ class Watchdog:
     def _act_kill(self, command: e.Kill) -> None:
         link = self._links.get(command.worker)
         if command.worker in self._asked:
-            return
-        if link is not None and link.process.stacks is not None and link.unanswered():
+            link, limit, hard = self._asked[command.worker]
+            self._asked[command.worker] = link, limit, hard or command.hard
+        elif link is not None and link.process.stacks is not None and link.unanswered():
             link.process.ask_stacks()
             self._asked[command.worker] = link, monotonic() + _stacks.ANSWER_LIMIT_S, command.hard
         elif link is not None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from safepool import CAPABILITIES, _registry, _tags
+from safepool import CAPABILITIES, _registry, _sweeping, _tags
 from tests.support import LIMIT_S, is_gone, until
 
 pytestmark = pytest.mark.skipif("keeper" not in CAPABILITIES, reason="there is no keeper here")
@@ -166,13 +166,12 @@ def test_what_belongs_to_another_user_is_named_and_not_passed_over(open_folder: 
     if os.geteuid() != 0:
         pytest.skip("only root can make a process that an ordinary user may not signal")
     number = _tags.FIRST + (77 << 34)
-    text = f"import resource, time; resource.setrlimit(10, ({number}, {number})); print(flush=True); time.sleep(60)"
+    text = f"import resource, time; resource.setrlimit(10, ({number}, {number})); time.sleep(60)"
     registry = open_folder / "safepool"
     registry.mkdir()
-    with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE) as stranger:
+    with subprocess.Popen([sys.executable, "-c", text]) as stranger:
         try:
-            assert stranger.stdout is not None
-            stranger.stdout.readline()
+            until(lambda: _sweeping.is_member(number, stranger.pid), "it wears the tag")
             facts = {**_registry.facts_of(os.getpid()), "tag": number, "boot": _registry._boot(), "user started": 1}
             (registry / f"{number:x}").write_text("".join(f"{name}: {value}\n" for name, value in facts.items()))
             for path in (open_folder, registry, registry / f"{number:x}"):

@@ -267,9 +267,8 @@ def adopt_and_leave() -> int:
 
     pr_set_child_subreaper = 36
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
-    shell = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60 & echo; wait"], stdout=subprocess.PIPE)
-    assert shell.stdout is not None
-    shell.stdout.readline()  # it has started both
+    shell = psutil.Process(subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60 & wait"]).pid)
+    until(lambda: len(shell.children()) == 2, "the shell has started both")
     return os.getpid()
 
 

@@ -11,8 +11,9 @@ if sys.platform != "linux":
     pytest.skip("only Linux lets a process adopt orphans", allow_module_level=True)
 
 from safepool import _families, _tags
-from safepool._families import NOT_ENDED, Families
+from safepool._families import Families
 from safepool._os import linux
+from safepool._packets import NOT_ENDED
 
 NUMBER = _tags.FIRST + (9 << 34)
 
@@ -42,6 +43,14 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Children:
     return Children(monkeypatch)
 
 
+def with_worker(children: Children) -> tuple[Families, int]:
+    """Families, one of them that of a living worker."""
+    families = Families(NUMBER)
+    children.family = families.new() or 0
+    families.begin(children.family)
+    return families, children.family
+
+
 def go_on(families: Families, rounds: int) -> None:
     for _ in range(rounds):
         families.go_on(lambda: None)
@@ -49,9 +58,7 @@ def go_on(families: Families, rounds: int) -> None:
 
 def test_a_dead_workers_family_that_does_not_end_is_told_in_time_and_killed_on_and_on(children: Children) -> None:
     """Its worker's death is told after the limit; the killing stops when nobody is left, and not before."""
-    families = Families(NUMBER)
-    family = children.family = families.new() or 0
-    families.begin(family)
+    families, family = with_worker(children)
     told: list[list[tuple[int, str, bool]]] = []
     families.end(family, leave=False, done=told.append)
     go_on(families, 1)
@@ -68,9 +75,7 @@ def test_a_dead_workers_family_that_does_not_end_is_told_in_time_and_killed_on_a
 
 def test_a_living_worker_is_told_that_its_family_does_not_end(children: Children) -> None:
     """So it ends itself after its answer, and its family with it: else the next task would start among them."""
-    families = Families(NUMBER)
-    family = children.family = families.new() or 0
-    families.begin(family)
+    families, family = with_worker(children)
     told: list[list[tuple[int, str, bool]]] = []
     families.sweep(family, kill=True, done=told.append)
     go_on(families, 1)
@@ -83,9 +88,7 @@ def test_a_living_worker_is_told_that_its_family_does_not_end(children: Children
 
 def test_numbers_of_families_that_are_still_ended_are_not_given_again(children: Children) -> None:
     """However long that takes."""
-    families = Families(NUMBER)
-    first = children.family = families.new() or 0
-    families.begin(first)
+    families, first = with_worker(children)
     families.end(first, leave=False, done=lambda found: None)
     go_on(families, 1)
     assert first not in {families.new() for _ in range(2 * _tags.most_workers(NUMBER))}
