@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ import psutil
 
 from benchmarks.fault_pools import OURS, NotOffered, installed, open_pool
 from benchmarks.fault_rows import KEPT, family
+from safepool._os import linux
 
 WORKERS = 2
 IN_FLIGHT = 200
@@ -129,10 +129,9 @@ def run(name: str, seconds: float, every: float) -> dict[str, Any]:
         except (subprocess.TimeoutExpired, ValueError, IndexError):
             return {"per_s": 0.0, "right": 0, "failed": 0, "kills": 0, "why": "hung, or died"}
         finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGSTOP)  # else it would go on making workers
-                _kill_descendants(process.pid)
             process.kill()
+            for _ in range(ROUNDS):  # what it leaves is adopted by this process, and may leave more
+                _kill_descendants(os.getpid())
 
 
 def _kill_descendants(pid: int) -> None:
@@ -158,6 +157,7 @@ def main() -> int:
             told = {"per_s": 0.0, "right": 0, "failed": 0, "kills": 0, "why": str(error)}
         print(json.dumps(told), flush=True)
         _end_at_once()
+    linux.adopt_orphans()
     names = options.pools.split(",")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(options.repeat):
