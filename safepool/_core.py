@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import _events as e
-from ._events import Command, Event, Failure
+from ._events import STALL, Command, Event, Failure
 from ._records import Task, Worker
 from ._tables import POOL_EDGES, TASK_EDGES, WORKER_EDGES, IllegalTransition, PoolState, TaskState, WorkerState
 from ._timers import Timers
@@ -74,6 +74,8 @@ class Core:
         self._starved = False
         self._balancing = False
         self._mean_s: float | None = None
+        self._moved_at = 0.0  # a task began or ended, or a worker got ready
+        self._stall_is_watched = False
         self._now = 0.0
         self._out: list[Command] = []
 
@@ -279,6 +281,7 @@ class Core:
                 self._attempt_failed(task, Failure("result" if ok else "error", worker.number))
         if done:
             self._out.append(e.Resolve(tuple(done)))
+        self._moved_at = self._now
         if event.finished:
             self._failed_starts = self._idle_deaths = 0
             # Quick to believe that tasks are long, slow to believe that they are short.
@@ -322,6 +325,10 @@ class Core:
             self._pursue(task)
         elif task.new.timeout is not None:
             self._at(self._now + task.new.timeout, self._is_attempt, self._limit_reached, number, task.attempt)
+        stall_s = self._policy.stall_timeout
+        if stall_s is not None and not self._stall_is_watched:
+            self._stall_is_watched = True
+            self._at(self._now + stall_s, _always, self._look_for_stall, stall_s)
 
     def _is_attempt(self, number: int, attempt: int) -> bool:
         task = self._tasks.get(number)
@@ -330,6 +337,18 @@ class Core:
     def _limit_reached(self, number: int, attempt: int) -> None:
         task = self._tasks[number]
         self._withdraw(task, Failure("timeout", task.worker, seconds=task.new.timeout or 0.0), even_running=True)
+
+    def _look_for_stall(self, stall_s: float) -> None:
+        """What runs is stopped when nothing has moved for so long: what waits may do better."""
+        running = [task for task in self._tasks.values() if task.state is T.RUNNING]
+        self._stall_is_watched = bool(running)
+        if not running:
+            return
+        if self._now >= self._moved_at + stall_s:
+            self._moved_at = self._now
+            for task in running:
+                self._withdraw(task, Failure("timeout", task.worker, seconds=stall_s, reason=STALL), even_running=True)
+        self._at(self._moved_at + stall_s, _always, self._look_for_stall, stall_s)
 
     def _doom(self, task: Task, worker: Worker) -> None:
         """The task ends with its worker, which holds nothing else."""
@@ -407,6 +426,7 @@ class Core:
         if worker is None or worker.state is not W.STARTING:
             return
         worker.ready = True
+        self._moved_at = self._now
         self._failed_starts = 0
         self._short_since = None
         self._move_worker(worker, W.IDLE)

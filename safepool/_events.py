@@ -25,6 +25,9 @@ if TYPE_CHECKING:
         "broken",  # the pool cannot run anything
     ]
 
+#: The ``reason`` of a "timeout": nothing in the pool had moved for too long.
+STALL = "stall"
+
 
 class Failure(NamedTuple):
     """The facts of a failure, from which the watchdog makes an exception."""

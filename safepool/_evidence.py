@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import CancelledError
 
-from ._events import Failure
+from ._events import STALL, Failure
 from .errors import (
     PoisonTask,
     PoolBroken,
@@ -57,6 +57,15 @@ def _poison(failure: Failure, future: SafeFuture, options: TaskOptions, pid: int
 
 
 def _timeout(failure: Failure, future: SafeFuture, options: TaskOptions, pid: int | None) -> BaseException:
+    if failure.reason == STALL:
+        return TaskTimeout(
+            f"{future} was stopped because nothing in the pool had moved for {failure.seconds:g} s, which is its "
+            f"stall_timeout; worker process {pid} was killed and replaced",
+            limit="stall_timeout",
+            seconds=failure.seconds,
+            task=str(future),
+            pid=pid,
+        )
     return TaskTimeout(
         f"{future} ran longer than its timeout of {failure.seconds:g} s in worker process {pid}, "
         "which was killed and replaced",

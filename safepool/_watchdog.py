@@ -15,10 +15,10 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from . import _events as e
 from . import _os, _stacks
@@ -49,6 +49,13 @@ LAUNCH_SLICE_S = 0.002
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
+class Observer(Protocol):
+    """Sees what happens, and changes nothing."""
+
+    def saw(self, event: e.Event, commands: Sequence[e.Command], calls: Mapping[int, Call]) -> None:
+        """``commands``: the core's answer to ``event``, not yet carried out.  On the watchdog: must not block."""
+
+
 class Launched(NamedTuple):
     """What came of a launch, on its way to the watchdog."""
 
@@ -73,7 +80,14 @@ class Watchdog:
     """
 
     def __init__(
-        self, policy: PoolPolicy, launcher: Launcher, setup: Setup, name: str, core: Core | None = None
+        self,
+        policy: PoolPolicy,
+        launcher: Launcher,
+        setup: Setup,
+        name: str,
+        *,
+        core: Core | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.name = name
         self.processes = Processes()  # pid -> multiprocessing's process, alive or not yet buried
@@ -85,6 +99,7 @@ class Watchdog:
         self._launcher = launcher
         self._setup = setup
         self._core = Core(policy) if core is None else core
+        self._observer = observer
         self._pid = os.getpid()
         self._side = Side(f"{name}-callbacks")
         self._judges = Side(f"{name}-retries")
@@ -380,7 +395,10 @@ class Watchdog:
         while self._events:
             event = self._events.popleft()
             self.event_log.append(_for_the_log(event))
-            for command in self._core.handle(event):
+            commands = self._core.handle(event)
+            if self._observer is not None:
+                self._observer.saw(event, commands, self._calls)
+            for command in commands:
                 _ACTS[type(command)](self, command)
         if self._writing:
             self._write()

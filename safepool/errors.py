@@ -84,9 +84,10 @@ class PoisonTask(WorkerDied):
 
 
 class TaskTimeout(_Facts, TimeoutError):
-    """The task went over its ``timeout`` (one attempt) or ``deadline`` (all of it) and was stopped.
+    """The task was stopped: it was over its ``timeout`` (one attempt) or ``deadline`` (all of it), or its pool stalled.
 
-    Attributes: ``limit`` (``"timeout"`` or ``"deadline"``), ``seconds``, ``task``, ``pid``, ``attempts``.
+    Attributes: ``limit`` (``"timeout"``, ``"deadline"`` or ``"stall_timeout"``), ``seconds``, ``task``, ``pid``,
+    ``attempts``.
     """
 
     limit: str = "timeout"

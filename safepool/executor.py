@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any, Literal
 
+    from ._watchdog import Observer
     from .policy import Isolation, OnLeftovers, OnWorkerDeath
 
 _tasks = itertools.count(1)
@@ -117,6 +118,8 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
     machinery.  What is new:
 
     * ``timeout``, ``deadline`` (seconds) and ``retry``: the defaults of every task, see ``TaskOptions``;
+    * ``stall_timeout``: seconds in which no task of the pool begins or ends; then those that run are stopped as at
+      their timeout, and the next ones begin;
     * ``on_worker_death``: ``"heal"`` replaces a dead worker and fails only what it ran; ``"break"`` breaks
       the pool, as the standard library does;
     * ``leftovers``: processes that a task leaves behind are ended when it ends (``"kill"``), only reported
@@ -148,6 +151,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         max_tasks_per_child: int | None = None,
         timeout: float | None = None,
         deadline: float | None = None,
+        stall_timeout: float | None = None,
         retry: Any = None,
         on_worker_death: OnWorkerDeath = "heal",
         leftovers: OnLeftovers = "kill",
@@ -181,6 +185,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             take_back="take_back" in _os.CAPABILITIES,
             initializer=None if initializer is None else _name_of(initializer),
             grace=_grace(grace),
+            stall_timeout=None if stall_timeout is None else seconds(stall_timeout, "stall_timeout"),
         )
         self._has_stacks = stacks and "keeper" in _os.CAPABILITIES
         self._forks = launcher.method == "fork"
@@ -188,10 +193,17 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         self._held: Held | None = None
         self._shutdown_thread = False
         self._lock = threading.RLock()  # the garbage collector may run a finalizer that submits
-        self._watchdog = Watchdog(policy, launcher, Setup(initializer, tuple(initargs)), name)
+        setup = Setup(initializer, tuple(initargs))
+        self._watchdog = Watchdog(policy, launcher, setup, name, observer=self._make_observer())
         # Dropped without shutdown: what was submitted is finished, then everything ends.
         self._dropped = weakref.finalize(self, self._watchdog.shutdown, cancel=False)
         self._dropped.atexit = False
+
+    _future_class = SafeFuture
+    _finishes_at_exit = True
+
+    def _make_observer(self) -> Observer | None:
+        return None
 
     def _pool(self) -> SafePoolExecutor:
         return self
@@ -211,7 +223,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         self._check_open()
         if watchdog.thread is None:
             self._launcher.prepare()
-        future = SafeFuture(watchdog, next(_tasks), options.name or _name_of(fn))
+        future = self._future_class(watchdog, next(_tasks), options.name or _name_of(fn))
         payload: Payload | None
         try:
             payload = _payload.dumps_call(fn, args, kwargs, chunk=chunk, held=self._what_workers_hold())
@@ -223,7 +235,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         with self._lock:
             self._check_open()
             if watchdog.thread is None:
-                _at_exit_end(watchdog)
+                _at_exit_end(watchdog, self._finishes_at_exit)
             if payload is None:
                 watchdog.want_worker()
             else:
@@ -460,13 +472,17 @@ _exiting = False
 _registered_in: int | None = None  # a process; its forks start without
 _old_error: object = None
 _live: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+_live_until_exit: weakref.WeakSet[Watchdog] = weakref.WeakSet()  # their work is not finished then
 EXIT_AFTER_ERROR_S = 2.0  # for running tasks, when the program ends because of an exception
 FIRST_PRIORITY = 1000  # of multiprocessing's finalizers
 EXIT_KILL_S = 5.0  # for killed workers to be gone
 
 
-def _at_exit_end(watchdog: Watchdog) -> None:
-    """Have this pool ended before the interpreter stops its threads.  Raises ``RuntimeError`` if it is too late."""
+def _at_exit_end(watchdog: Watchdog, finishes: bool) -> None:
+    """Have this pool ended before the interpreter stops its threads.  Raises ``RuntimeError`` if it is too late.
+
+    ``finishes``: what was submitted is finished then.
+    """
     global _registered_in, _old_error
     if _registered_in != os.getpid():
         try:
@@ -478,7 +494,7 @@ def _at_exit_end(watchdog: Watchdog) -> None:
         util.Finalize(None, _end_all, exitpriority=FIRST_PRIORITY)
         _registered_in = os.getpid()
         _old_error = _last_error()
-    _live.add(watchdog)
+    (_live if finishes else _live_until_exit).add(watchdog)
 
 
 def _last_error() -> object:
@@ -491,10 +507,15 @@ def _end_all() -> None:
     global _exiting
     _exiting = True
     failed = _last_error() is not _old_error and not hasattr(sys, "ps1")
-    mine = [watchdog for watchdog in tuple(_live) if not watchdog.is_fork()]
+    _end(_live_until_exit, 0.0, cancel=True)
+    _end(_live, EXIT_AFTER_ERROR_S if failed else None, cancel=failed)
+
+
+def _end(live: weakref.WeakSet[Watchdog], limit_s: float | None, *, cancel: bool) -> None:
+    mine = [watchdog for watchdog in tuple(live) if not watchdog.is_fork()]
     for watchdog in mine:
-        watchdog.shutdown(cancel=failed)
-    _end_within(EXIT_AFTER_ERROR_S if failed else None, mine)
+        watchdog.shutdown(cancel=cancel)
+    _end_within(limit_s, mine)
 
 
 def _end_within(limit_s: float | None, watchdogs: list[Watchdog]) -> None:

@@ -1,34 +1,219 @@
-"""Doors to other people's programs: put our pool where they look for the standard library's."""
+"""Doors to other people's programs: our pool where they look for the standard library's, and for Pebble's.
+
+The patches that are active form a stack, and whatever holds one of the stand-ins holds that of the uppermost: so they
+may be undone in any order, and after the last one every module has what it had.
+"""
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import concurrent.futures.process
-from collections.abc import Iterator
-from contextlib import contextmanager
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any, Literal, Self
 
+from . import _summary, waiting
+from ._tally import Tally
 from .executor import SafePoolExecutor
-from .waiting import as_completed
+
+OURS = __package__
+LOCK_LIMIT_S = 30.0
+STOCK = concurrent.futures.process
+
+Where = tuple[dict[str, Any], str]  # the namespace of a module, and a name in it
 
 
-@contextmanager
-def patch() -> Iterator[type[SafePoolExecutor]]:
-    """While this lasts, ``concurrent.futures.ProcessPoolExecutor`` and ``as_completed`` are safepool's.
+def patch(*, start_method: str | None = None, summary: bool | str | os.PathLike[str] = True, **policy: Any) -> Patch:
+    """From now on programs that use ``concurrent.futures.ProcessPoolExecutor``, ``as_completed`` and ``wait`` use ours.
 
-    It serves code that looks the names up when it uses them, or imports them while it lasts; a module
-    that did ``from concurrent.futures import ProcessPoolExecutor`` before keeps what it has.
-    Yields the class that was put in place.
+    In ``concurrent.futures``, in every module that has taken these names from there under whatever name, and in those
+    that are imported later; and Pebble's ``ProcessPool``, where Pebble is installed.  Undone by ``undo()``, or at the
+    end of a ``with`` block.  May be nested, and undone in any order.
+
+    * ``start_method``: that of every pool, whatever the program asks for;
+    * ``summary``: tell on stderr, when the process exits, what became of the tasks; a path: in that file too, as JSON;
+      False: do not.  ``Patch.summary()`` gives it at any time;
+    * ``policy``: what ``SafePoolExecutor`` takes besides what the standard library's class does: ``timeout``,
+      ``deadline``, ``stall_timeout``, ``retry``, ``grace`` ...  It applies to every pool that is made meanwhile.
+
+    The stand-ins of ``as_completed`` and ``wait`` raise only what the program itself asks for by ``timeout``: what goes
+    over a limit of the policy fails as a future of its own.  Raises ``TypeError`` or ``ValueError`` for a policy that
+    no pool can have.
     """
-    places = (
-        (concurrent.futures, "ProcessPoolExecutor", SafePoolExecutor),
-        (concurrent.futures.process, "ProcessPoolExecutor", SafePoolExecutor),
-        (concurrent.futures, "as_completed", as_completed),
-    )
-    before = [(module, name, getattr(module, name)) for module, name, _ in places]
-    for module, name, ours in places:
-        setattr(module, name, ours)
-    try:
-        yield SafePoolExecutor
-    finally:
-        for module, name, theirs in before:
-            setattr(module, name, theirs)
+    made = Patch(policy, None if start_method is None else multiprocessing.get_context(start_method), summary)
+    made._activate()
+    return made
+
+
+class Patch:
+    """What ``patch`` returns: ``undo()`` it, ask it for its ``summary()``, or use it as a context manager."""
+
+    def __init__(self, policy: dict[str, Any], context: Any, summary: bool | str | os.PathLike[str]) -> None:
+        self._tally = Tally()
+        self.executor = _class_with(policy, context, self._tally)
+        self.executor(1)  # starts nothing; a policy that is wrong is told here
+        self._tally.add(pools=-1)
+        self._stand_ins: dict[str, object] = {
+            "ProcessPoolExecutor": self.executor,
+            "as_completed": _stand_in_as_completed,
+            "wait": _stand_in_wait,
+        }
+        if find_spec("pebble") is not None:
+            from ._pebble import class_with
+
+            self._stand_ins["pebble"] = class_with(self.executor)
+        self._summary = summary
+        self._pid = os.getpid()
+
+    def _activate(self) -> None:
+        with _Locked():
+            _show([*_active, self])
+        if self._summary is not False:
+            atexit.register(self._tell)
+
+    def undo(self) -> None:
+        """Put back what was there.  Pools that were made under it go on.  Nothing happens the second time."""
+        with _Locked():
+            if self in _active:
+                _show([patch for patch in _active if patch is not self])
+
+    def summary(self) -> dict[str, Any]:
+        """What became of the tasks of the pools that were made under it.
+
+        ``pools``; tasks ``done``, ``failed`` and ``cancelled``; attempts ``retried`` and ``killed``; ``workers_lost``;
+        ``seconds_lost``, the run time of attempts that came to nothing; ``failures``, the first hundred, each with
+        ``task`` and ``why``.
+        """
+        return self._tally.as_dict()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> Literal[False]:
+        self.undo()
+        return False
+
+    def __repr__(self) -> str:
+        return f"<Patch {'active' if self in _active else 'undone'} {self._tally.counts}>"
+
+    def _tell(self) -> None:
+        """At the exit of the process, when its pools have ended."""
+        told = self.summary()
+        if os.getpid() == self._pid and told["pools"]:
+            _summary.tell(told, None if isinstance(self._summary, bool) else self._summary)
+
+
+def _class_with(policy: dict[str, Any], context: Any, tally: Tally) -> type[SafePoolExecutor]:
+    """The pool under a policy.  It says that it is the standard library's class: by that name it can be pickled."""
+
+    class ProcessPoolExecutor(SafePoolExecutor):
+        __doc__ = STOCK.ProcessPoolExecutor.__doc__
+
+        def __init__(
+            self,
+            max_workers: int | None = None,
+            mp_context: Any = None,
+            initializer: Callable[..., object] | None = None,
+            initargs: tuple[Any, ...] = (),
+            **more: Any,
+        ) -> None:
+            mp_context = mp_context if context is None else context
+            super().__init__(max_workers, mp_context, initializer, initargs, **{**more, **policy})
+
+        def _make_observer(self) -> Any:
+            return tally.pool()
+
+    ProcessPoolExecutor.__module__ = STOCK.__name__
+    ProcessPoolExecutor.__qualname__ = "ProcessPoolExecutor"
+    return ProcessPoolExecutor
+
+
+def _stand_in_as_completed(fs: Any, timeout: float | None = None) -> Any:
+    """``concurrent.futures.as_completed``, and like it but for the time that it takes to see that a pool is gone."""
+    return waiting.as_completed(fs, timeout)
+
+
+def _stand_in_wait(fs: Any, timeout: float | None = None, return_when: str = concurrent.futures.ALL_COMPLETED) -> Any:
+    """``concurrent.futures.wait``."""
+    return waiting.wait(fs, timeout, return_when)
+
+
+# ------------------------------------------------------- who holds what, and where
+
+_active: list[Patch] = []
+_originals: dict[str, object] = {
+    "ProcessPoolExecutor": STOCK.ProcessPoolExecutor,
+    "as_completed": concurrent.futures.as_completed,
+    "wait": concurrent.futures.wait,
+}
+_added: list[Where] = []  # names that were not there before: ``concurrent.futures`` loads its classes when asked
+_lock = threading.RLock()
+
+
+class _Locked:
+    """One thread at a time; another one waits, but not for ever."""
+
+    def __enter__(self) -> None:
+        if not _lock.acquire(timeout=LOCK_LIMIT_S):
+            raise TimeoutError("another thread has been patching modules for too long")
+
+    def __exit__(self, *_: object) -> None:
+        _lock.release()
+
+
+def _show(patches: list[Patch]) -> None:
+    """Have these be the active ones."""
+    if "pebble" not in _originals and any("pebble" in patch._stand_ins for patch in patches):
+        import pebble
+
+        _originals["pebble"] = pebble.ProcessPool
+    wanted = {**_originals, **(patches[-1]._stand_ins if patches else {})}
+    known = {
+        id(thing): key
+        for things in (_originals, *(patch._stand_ins for patch in (*_active, *patches)))
+        for key, thing in things.items()
+    }
+    if patches and not _active:
+        _add("ProcessPoolExecutor")
+    # First where modules that are imported meanwhile look.  Scenario 1: (a) a module is importing one of the names,
+    # on another thread, and has looked it up, (b) everything is replaced, (c) it stores what it found: so look twice.
+    _replace([vars(concurrent.futures)], known, wanted)
+    for _ in range(2):
+        _replace(_namespaces(), known, wanted)
+    _active[:] = patches
+    if not patches:
+        while _added:
+            namespace, name = _added.pop()
+            if namespace.get(name) is _originals[name]:
+                del namespace[name]
+
+
+def _add(name: str) -> None:
+    namespace = vars(concurrent.futures)
+    if name not in namespace:
+        namespace[name] = _originals[name]
+        _added.append((namespace, name))
+
+
+def _namespaces() -> list[dict[str, Any]]:
+    """Of all modules but our own, without waking those that load themselves when they are touched."""
+    found = []
+    for name, module in tuple(sys.modules.items()):
+        if name.partition(".")[0] != OURS:
+            with suppress(AttributeError):  # not a module, but something that a program has put there
+                found.append(object.__getattribute__(module, "__dict__"))
+    return [namespace for namespace in found if isinstance(namespace, dict)]
+
+
+def _replace(namespaces: list[dict[str, Any]], known: dict[int, str], wanted: dict[str, object]) -> None:
+    for namespace in namespaces:
+        for name, value in tuple(namespace.items()):
+            key = known.get(id(value))
+            if key is not None:
+                namespace[name] = wanted[key]

@@ -94,7 +94,8 @@ class PoolPolicy:
     """What the core needs to know about the pool.
 
     ``take_back``: unbegun tasks can be taken back; ``initializer``: its name, for messages; ``grace``: seconds from
-    SIGTERM to SIGKILL for a worker whose task is stopped, 0 for SIGKILL at once.
+    SIGTERM to SIGKILL for a worker whose task is stopped, 0 for SIGKILL at once; ``stall_timeout``: seconds without
+    progress after which what runs is stopped.
     """
 
     max_workers: int
@@ -104,6 +105,7 @@ class PoolPolicy:
     take_back: bool = True
     initializer: str | None = None
     grace: float = 0.0
+    stall_timeout: float | None = None
 
     def __post_init__(self) -> None:
         whole(self.max_workers, "max_workers", least=1)

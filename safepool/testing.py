@@ -83,6 +83,7 @@ class Simulation:
         self._doomed: set[int] = set()
         self._finished: dict[int, bool] = {}
         self._began_at: dict[int, float] = {}
+        self._moved_at = 0.0  # a task began or ended, or a worker got ready
         self._starved_since: float | None = None
         self._refused_at = -1.0  # when the system last started no process
         self._starts_without_ready = 0
@@ -310,6 +311,8 @@ class Simulation:
                 self.violated = True
                 raise
             self.log.append((event, list(commands)))
+            if isinstance(event, e.Received | e.WorkerReady):
+                self._moved_at = event.now
             for command in commands:
                 _ACTS[type(command)](self, command)
         self._check_always()
@@ -424,7 +427,9 @@ class Simulation:
         kind, task = command.failure.kind, command.task
         if kind == "death":
             self._check(self.begins.get(task, 0) > 0, f"task {task} never began and is said to have died")
-        if kind in ("timeout", "deadline"):
+        if command.failure.reason == e.STALL:
+            self._check(self.policy.stall_timeout is not None, f"task {task} is said to have stalled")
+        elif kind in ("timeout", "deadline"):
             limit = self.tasks[task].timeout if kind == "timeout" else self.tasks[task].deadline
             self._check(limit is not None, f"task {task} has no {kind} and failed by it")
         if kind == "cancelled":
@@ -513,6 +518,8 @@ class Simulation:
                 self._check(new.deadline is None or new.deadline > self.now, f"task {task} is past its deadline")
             if state == "running" and task in self._began_at and not self._answer_is_on_the_way(task):
                 limits = [new.deadline, None if new.timeout is None else self._began_at[task] + new.timeout]
+                if self.policy.stall_timeout is not None:
+                    limits.append(max(self._moved_at, self._began_at[task]) + self.policy.stall_timeout)
                 over = [limit for limit in limits if limit is not None and limit < self.now]
                 self._check(not over, f"task {task} runs past its limit")
 

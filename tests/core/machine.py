@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -28,11 +29,19 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
             tickets=st.sampled_from([True, True, True, False]),
             all_at_once=st.booleans(),
             grace=st.sampled_from([0.0, 0.0, 0.2]),
+            stall=st.sampled_from([None, None, 0.4]),
         )
         def make(
-            self, workers: int, turnover: int | None, death: str, tickets: bool, all_at_once: bool, grace: float
+            self,
+            workers: int,
+            turnover: int | None,
+            death: Any,
+            tickets: bool,
+            all_at_once: bool,
+            grace: float,
+            stall: float | None,
         ) -> None:
-            policy = PoolPolicy(workers, turnover, death, all_at_once, tickets, grace=grace)  # type: ignore[arg-type]
+            policy = PoolPolicy(workers, turnover, death, all_at_once, tickets, grace=grace, stall_timeout=stall)
             self.sim = Simulation(policy, core)
 
         # ------------------------------------------------------------ users

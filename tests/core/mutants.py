@@ -52,6 +52,17 @@ class RetiredNotReplaced(Core):
             super()._man_the_seats()
 
 
+class StallUnseenAfterTheFirst(Core):
+    """Whoever looked once whether something moves does not look again."""
+
+    _has_looked = False
+
+    def _look_for_stall(self, stall_s: float) -> None:
+        if not self._has_looked:
+            super()._look_for_stall(stall_s)
+        self._has_looked = True
+
+
 class DeadlineDroppedOnRetry(Core):
     """The second attempt has no deadline any more."""
 

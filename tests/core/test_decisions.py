@@ -99,3 +99,44 @@ def test_each_call_that_cannot_be_sent_starts_a_worker_however_fast_workers_star
         for worker in tuple(sim.workers):
             sim.ready(worker)
     sim.settle()
+
+
+def test_what_stalls_is_stopped_and_what_waits_goes_on() -> None:
+    """Both workers are stuck: nothing moves, so both tasks end at the pool's stall timeout, and the next ones begin."""
+    sim = Simulation(PoolPolicy(max_workers=2, stall_timeout=5.0, take_back=False))
+    sim.submit_many(3)
+    for worker in tuple(sim.workers):
+        sim.ready(worker)
+        sim.begin(worker)
+        sim.hear(worker)
+    sim.advance(4.9)
+    assert states(sim) == ["running", "running", "queued"]
+    sim.advance(0.2)
+    assert states(sim) == ["doomed", "doomed", "queued"]
+    for worker in tuple(sim.workers):
+        sim.die(worker)
+    assert states(sim) == ["timeout", "timeout", "queued"]
+    for worker in tuple(sim.workers):
+        sim.ready(worker)
+    sim.settle()
+    assert states(sim)[2] == "answered"
+
+
+def test_one_that_moves_keeps_the_others_from_stalling() -> None:
+    """A long task is not stalled while short ones come and go."""
+    sim = Simulation(PoolPolicy(max_workers=2, stall_timeout=5.0, take_back=False))
+    sim.submit_many(4)
+    long, short = tuple(sim.workers)
+    for worker in (long, short):
+        sim.ready(worker)
+        sim.begin(worker)
+        sim.hear(worker)
+    for _ in range(2):
+        sim.advance(3.0)
+        sim.finish(short)
+        sim.hear(short)
+        sim.begin(short)
+        sim.hear(short)
+    assert states(sim) == ["running", "answered", "answered", "running"]
+    sim.advance(5.1)
+    assert states(sim)[0] == states(sim)[3] == "doomed"

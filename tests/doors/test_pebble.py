@@ -1,0 +1,177 @@
+"""Pebble's pool on ours: the same words, the same outcomes, and none of the hangs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, wait
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+
+import safepool
+from tests.pool import tasks
+from tests.support import LIMIT_S, run_script, until
+
+pebble = pytest.importorskip("pebble")
+THEIRS = pebble.ProcessPool
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Any]:
+    with safepool.patch(summary=False):
+        made: list[Any] = []
+
+        def make(*args: Any, **kwargs: Any) -> Any:
+            made.append(pebble.ProcessPool(*args, **kwargs))
+            return made[-1]
+
+        yield make
+        for pool in made:
+            pool.stop()
+            pool.join(LIMIT_S)
+    assert pebble.ProcessPool is THEIRS
+
+
+def test_it_is_pebbles_and_ours(make_pool: Any) -> None:
+    """Programs look at types: the pool, its futures and the errors are Pebble's and ours."""
+    pool = make_pool(1)
+    future = pool.schedule(os._exit, args=(3,))
+    assert isinstance(pool, THEIRS)
+    assert isinstance(future, pebble.ProcessFuture)
+    assert isinstance(future, safepool.SafeFuture)
+    error = future.exception(LIMIT_S)
+    assert isinstance(error, pebble.ProcessExpired)
+    assert isinstance(error, safepool.WorkerDied)
+    assert (error.exitcode, error.pid) == (3, future.worker_pid)
+
+
+def test_schedule_and_submit(make_pool: Any) -> None:
+    """Arguments as a sequence and a mapping; or, with the timeout in between, one by one."""
+    with make_pool(max_workers=2) as pool:
+        assert pool.schedule(divmod, args=(7, 2)).result(LIMIT_S) == (3, 1)
+        assert pool.schedule(int, args=["ff"], kwargs={"base": 16}).result(LIMIT_S) == 255
+        assert pool.submit(int, None, "ff", base=16).result(LIMIT_S) == 255
+        assert pool.active
+    assert not pool.active
+    with pytest.raises(RuntimeError, match="not active"):
+        pool.schedule(abs, args=(1,))
+
+
+def test_a_task_that_leaves_with_exit_code_0_is_over(make_pool: Any) -> None:
+    """Under Pebble 5.2 its future is never done; here it fails as that of any other death."""
+    pool = make_pool(2)
+    futures = [pool.schedule(os._exit, args=(0,)), *(pool.schedule(abs, args=(-n,)) for n in range(5))]
+    assert wait(futures, LIMIT_S).not_done == set()
+    assert isinstance(futures[0].exception(), pebble.ProcessExpired)
+    assert [future.result() for future in futures[1:]] == [0, 1, 2, 3, 4]
+
+
+def test_a_timeout_counts_from_the_start_and_kills(make_pool: Any) -> None:
+    """What waits is not charged; what runs too long is a ``TimeoutError``, and the next one runs."""
+    pool = make_pool(1)
+    late = pool.schedule(tasks.hold_the_gil, timeout=0.5)
+    queued = pool.schedule(tasks.nap, args=(0.2, "done"), timeout=5)
+    assert isinstance(late.exception(LIMIT_S), TimeoutError)
+    assert queued.result(LIMIT_S) == "done"
+
+
+def test_cancelling_kills_what_runs(make_pool: Any) -> None:
+    """At once for whoever asks; and the seat is free for the next one."""
+    pool = make_pool(1)
+    called = []
+    running, queued = (pool.schedule(tasks.nap, args=(tasks.LIMIT_S,)) for _ in range(2))
+    running.add_done_callback(called.append)
+    until(running.running, "the first task has begun")
+    for future in (queued, running):
+        assert future.cancel()
+        assert future.cancelled()
+        assert future.cancel()
+        with pytest.raises(CancelledError):
+            future.result()
+    assert called == [running]
+    done = pool.schedule(abs, args=(-1,))
+    assert done.result(LIMIT_S) == 1
+    assert not done.cancel()
+
+
+def test_errors_carry_the_traceback_as_text(make_pool: Any) -> None:
+    """As Pebble's README shows it: ``error.traceback``."""
+    error = make_pool(1).schedule(int, args=("no number",)).exception(LIMIT_S)
+    assert isinstance(error, ValueError)
+    assert "no number" in error.traceback
+    assert "Traceback" in error.traceback
+
+
+def _reciprocal(number: int) -> float:
+    if number == 7:
+        os._exit(0)
+    return 1 / number
+
+
+def test_map_gives_each_result_or_error_in_turn(make_pool: Any) -> None:
+    """An error, or a death, costs its chunk only."""
+    future = make_pool(2).map(_reciprocal, [1, 0, 2, 7, 4])
+    results, found = future.result(LIMIT_S), []
+    for _ in range(5):
+        try:
+            found.append(next(results))
+        except (ZeroDivisionError, pebble.ProcessExpired) as error:
+            found.append(type(error).__mro__[-3].__name__)
+    with pytest.raises(StopIteration):
+        next(results)
+    assert [found[0], found[2], found[4]] == [1.0, 0.5, 0.25]
+    assert isinstance(found[1], str)
+    assert isinstance(found[3], str)
+    assert list(make_pool(1).map(abs, [-1, -2, -3], chunksize=2).result(LIMIT_S)) == [1, 2, 3]
+    assert list(make_pool(1).map(abs, []).result(LIMIT_S)) == []
+
+
+def test_close_finishes_and_stop_does_not(make_pool: Any) -> None:
+    """``join`` before either is an error; after ``close`` it may run out of time."""
+    pool = make_pool(1)
+    running = pool.schedule(tasks.nap, args=(0.6, "done"))
+    with pytest.raises(RuntimeError, match="still running"):
+        pool.join()
+    pool.close()
+    with pytest.raises(TimeoutError):
+        pool.join(0.05)
+    pool.join(LIMIT_S)
+    assert running.result(0) == "done"
+    pool = make_pool(1)
+    running, queued = (pool.schedule(tasks.nap, args=(tasks.LIMIT_S,)) for _ in range(2))
+    until(running.running, "the first task has begun")
+    began = monotonic()
+    pool.stop()
+    assert running.cancelled()
+    assert queued.cancelled()
+    assert not pool.active
+    pool.join(LIMIT_S)
+    assert monotonic() - began < 5
+
+
+def test_workers_are_replaced_after_max_tasks(make_pool: Any) -> None:
+    """Also where the program asks for "fork", from which a pool with threads cannot take one worker after another."""
+    for options in ({}, {"context": multiprocessing.get_context("fork")}):
+        pool = make_pool(1, max_tasks=2, **options)
+        assert len({pool.schedule(os.getpid).result(LIMIT_S) for _ in range(4)}) == 2
+
+
+def test_a_program_that_forgets_its_pool_ends(tmp_path: Path) -> None:
+    """Pebble does not finish what was scheduled when the program ends, and so do we not."""
+    text = """
+import safepool, pebble, time
+safepool.patch()
+pool = pebble.ProcessPool(1)
+pool.schedule(time.sleep, args=(600,))
+time.sleep(0.3)
+print("bye")
+"""
+    began = monotonic()
+    done = run_script(tmp_path / "script.py", text)
+    assert (done.returncode, done.stdout) == (0, "bye\n")
+    assert monotonic() - began < 15
+    sleep(0)
