@@ -186,12 +186,12 @@ def test_lazy_modules_are_not_woken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_policy_applies_to_every_pool() -> None:
     """Limits, retries and the start method, which the program has no words for, or others."""
-    with safepool.patch(summary=False, timeout=0.3, start_method="spawn"):
-        with concurrent.futures.ProcessPoolExecutor(1) as pool:
-            assert pool._mp_context.get_start_method() == "spawn"
-            late, prompt = pool.submit(tasks.nap, tasks.LIMIT_S), pool.submit(abs, -1)
-            assert isinstance(late.exception(LIMIT_S), TaskTimeout)
-            assert prompt.result(LIMIT_S) == 1
+    spawned = safepool.patch(summary=False, timeout=0.3, start_method="spawn")
+    with spawned, concurrent.futures.ProcessPoolExecutor(1) as pool:
+        assert pool._mp_context.get_start_method() == "spawn"
+        late, prompt = pool.submit(tasks.nap, tasks.LIMIT_S), pool.submit(abs, -1)
+        assert isinstance(late.exception(LIMIT_S), TaskTimeout)
+        assert prompt.result(LIMIT_S) == 1
     with safepool.patch(summary=False, retry=2), concurrent.futures.ProcessPoolExecutor(1) as pool:
         failing = pool.submit(int, "no number")
         assert isinstance(failing.exception(LIMIT_S), ValueError)

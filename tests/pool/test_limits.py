@@ -253,3 +253,34 @@ def test_cancelling_while_tasks_begin_never_lies(pool: MakePool, tmp_path: Path)
     for n, future in enumerate(futures):
         assert future.cancelled() == said[n] == (n not in ran), f"task {n} of {future!r}"
         assert said[n] or future.result(LIMIT_S) == n
+
+
+def test_a_pool_in_which_nothing_moves_stops_what_runs(pool: MakePool) -> None:
+    """Both workers are stuck: their tasks end at the stall timeout, and what waited is done."""
+    executor = pool(2, stall_timeout=0.5)
+    stuck = [executor.submit(tasks.nap, tasks.LIMIT_S) for _ in range(2)]
+    waiting = executor.submit(abs, -1)
+    for future in stuck:
+        error = error_of(future)
+        assert type(error) is TaskTimeout
+        assert (error.limit, error.seconds) == ("stall_timeout", 0.5)
+        assert "nothing in the pool had moved for 0.5 s" in str(error)
+    assert waiting.result(LIMIT_S) == 1
+
+
+def test_a_pool_that_moves_stops_nobody(pool: MakePool) -> None:
+    """Short tasks that come and go keep a long one from being taken for stalled."""
+    executor = pool(2, stall_timeout=1.0)
+    long = executor.submit(tasks.nap, 2.0, "done")
+    for _ in range(10):
+        assert executor.submit(tasks.nap, 0.2, "short").result(LIMIT_S) == "short"
+    assert long.result(LIMIT_S) == "done"
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-1, ValueError), ("soon", TypeError), (True, TypeError)]
+)
+def test_a_stall_timeout_is_checked_at_the_call(value: Any, error: type[Exception]) -> None:
+    """A number of seconds, more than none."""
+    with pytest.raises(error, match="stall_timeout"):
+        SafePoolExecutor(1, stall_timeout=value)
