@@ -92,7 +92,7 @@ class Case:
         So it is always where workers are forked from the user's own process: their orphans are not the keeper's, and
         they may be there before the keeper is known to others.
         """
-        looks = self.trigger in ("keeper SIGKILL", "keeper and user") and self.isolation == "none"
+        looks = self.trigger in ("keeper SIGKILL", "keeper then user", "keeper and user") and self.isolation == "none"
         if self.start == "fork" and self.trigger == "keeper and user":
             return False
         return not ((looks or self.start == "fork") and SHAPES[self.shape].outruns)

@@ -16,6 +16,7 @@ import sys
 import time
 
 from . import _leftovers, _stacks, _worker
+from ._loading import once_loaded
 from ._os import linux
 from ._packets import BACK
 
@@ -189,49 +190,13 @@ def _own_names(told: dict[str, Any], named: dict[str, int], inherited: list[int]
         module._run_after_forkers()
         atexit.register(module._exit_function)
 
-    _once_loaded("multiprocessing.process", process)
-    _once_loaded("multiprocessing", default_method)
-    _once_loaded("multiprocessing.resource_tracker", tracker)
+    once_loaded("multiprocessing.process", process)
+    once_loaded("multiprocessing", default_method)
+    once_loaded("multiprocessing.resource_tracker", tracker)
     if inherited:
-        _once_loaded("multiprocessing.forkserver", server)
+        once_loaded("multiprocessing.forkserver", server)
     if "multiprocessing.util" in sys.modules:
         util(sys.modules["multiprocessing.util"])
-
-
-class _AfterLoading:
-    """A finder that lets the others find, and has something done to some modules as soon as they are loaded."""
-
-    def __init__(self) -> None:
-        self.acts: dict[str, Callable[[Any], None]] = {}
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        act = self.acts.pop(name, None)
-        if act is None:
-            return None
-        from importlib.util import find_spec
-
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def load_and_act(module: Any) -> None:
-                load(module)
-                act(module)
-
-            spec.loader.exec_module = load_and_act  # type: ignore[method-assign]
-        return spec
-
-
-_after_loading = _AfterLoading()
-
-
-def _once_loaded(name: str, act: Callable[[Any], None]) -> None:
-    if name in sys.modules:
-        act(sys.modules[name])
-        return
-    _after_loading.acts[name] = act
-    if _after_loading not in sys.meta_path:
-        sys.meta_path.insert(0, _after_loading)
 
 
 # ----------------------------------------------------------- randomness, exit

@@ -10,11 +10,14 @@ lower them.  So pools within pools work downwards: a keeper within a worker take
                                                        one worker have different ones, for they have different pids
     its worker m      hard = K, soft = K - m
     and in there      no tags: what is further in belongs to that worker
+    ``safepool run``  hard = soft = R                  R is a multiple of 2**34 above all those; the keepers in there
+                                                       are as if it were not
 """
 
 from __future__ import annotations
 
 FIRST, LAST = 1 << 62, 1 << 63  # of the numbers that are tags; below the last
+RUNS = 3 << 61  # from here on they are those of ``safepool run``
 OUTER, INNER = 34, 8  # bits: all that belongs to one keeper
 WORKER = 20  # bits: all that belongs to a worker of an outer keeper
 LEFT_ON_PURPOSE = 0x5AFE  # the soft limit of what a task leaves running on purpose
@@ -25,11 +28,23 @@ Tag = tuple[int, int]  # soft, hard
 def fresh(random: bytes, pid: int, inherited: Tag) -> int | None:
     """The number of a new keeper of this process; None where there is none to be had.  ``random``: eight bytes."""
     soft, hard = inherited
-    if hard < 0:  # no limit: nobody's family
-        return FIRST + (1 + int.from_bytes(random, "big") % ((FIRST >> OUTER) - 1) << OUTER)
+    if hard < 0 or (hard >= RUNS and soft == hard):  # no limit: nobody's family
+        return _between(FIRST, RUNS, random)
     if _is_outer(hard) and 0 < hard - soft < 1 << OUTER and soft % (1 << WORKER) == 0:
         return soft - (1 + pid % ((1 << WORKER - INNER) - 1) << INNER)
     return None
+
+
+def of_run(random: bytes, inherited: Tag) -> int | None:
+    """The number of a ``safepool run``; None: it is within a pool's worker, and belongs to that."""
+    soft, hard = inherited
+    if hard < 0:
+        return _between(RUNS, LAST, random)
+    return _between(RUNS, hard, random) if hard >= RUNS + (2 << OUTER) and soft == hard else None
+
+
+def _between(first: int, last: int, random: bytes) -> int:
+    return first + (1 + int.from_bytes(random, "big") % ((last - first >> OUTER) - 1) << OUTER)
 
 
 def most_workers(keeper: int) -> int:

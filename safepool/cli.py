@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 FAILED = 1
+WRONG = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises ``SystemExit`` for wrong usage and for ``--help``.
     """
-    chosen = _parser().parse_args(argv)
+    chosen = _parse(sys.argv[1:] if argv is None else argv)
     try:
         status: int = chosen.run(chosen)
         sys.stdout.flush()
@@ -42,9 +43,24 @@ def _let_go_of_stdout() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="safepool", description="A process pool that cannot hang.")
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_clean):
+    for add in (_add_demo, _add_run, _add_clean):
         add(subcommands)
     return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    if argv[:1] != ["run"]:
+        return parser.parse_args(argv)
+    from .running import split
+
+    # What follows the program is the program's, whatever it looks like.
+    ours, program, is_python = split(argv[1:], RUN_VALUES)
+    chosen = parser.parse_args(["run", *ours])
+    if not program or program == ["-m"]:
+        parser.error("run what? safepool run [options] SCRIPT [args], or -m MODULE [args], or -- COMMAND [args]")
+    chosen.program, chosen.is_python = program, is_python
+    return chosen
 
 
 # ---------------------------------------------------------------- subcommands
@@ -62,6 +78,61 @@ def _run_demo(_: argparse.Namespace) -> int:
     from .demo import run
 
     return 0 if run(sys.stdout) else FAILED
+
+
+#: The options of ``run`` that take a value, and what they say.
+RUN_VALUES = {
+    "--timeout": "seconds for one task, from its real start",
+    "--deadline": "seconds for one task, from its submission",
+    "--stall-timeout": "seconds without progress after which what runs in a pool is stopped",
+    "--retry": "how often a failed task is tried again",
+    "--start-method": "fork, spawn or forkserver, whatever the program asks for",
+    "--leftovers": "kill (default), report or leave what tasks leave behind",
+    "--time-limit": "seconds for the whole program; then SIGTERM, and SIGKILL after the grace; exit status 124",
+    "--grace": "seconds from SIGTERM to SIGKILL (default: 2)",
+    "--summary": "a file for the summary, as JSON",
+}
+NUMBERS = ("--timeout", "--deadline", "--stall-timeout", "--time-limit", "--grace")
+
+
+def _add_run(subcommands: Any) -> None:
+    what = "run a program with every pool in it hardened, and let nothing that it starts outlive it"
+    parser = subcommands.add_parser(
+        "run",
+        help=what,
+        description=f"{what}.",
+        usage="safepool run [options] (SCRIPT | -m MODULE | -- COMMAND) [args ...]",
+        epilog="Python programs that it starts are hardened too. The exit status is the program's.",
+    )
+    for option, told in RUN_VALUES.items():
+        kind = float if option in NUMBERS else int if option == "--retry" else str
+        parser.add_argument(option, type=kind, help=told)
+    parser.add_argument("--quiet", action="store_true", help="no summary on stderr")
+    parser.set_defaults(run=_run_program)
+
+
+def _run_program(chosen: argparse.Namespace) -> int:
+    from . import running
+
+    names = ("timeout", "deadline", "stall_timeout", "retry", "start_method", "leftovers")
+    policy = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
+    try:
+        running.check(policy, chosen.time_limit, chosen.grace)
+    except (TypeError, ValueError) as error:
+        print(f"safepool run: {error}", file=sys.stderr)
+        return WRONG
+    status = running.run(
+        chosen.program,
+        is_python=chosen.is_python,
+        policy=policy,
+        time_limit_s=chosen.time_limit,
+        grace_s=2.0 if chosen.grace is None else chosen.grace,
+        summary=chosen.summary,
+        quiet=chosen.quiet,
+    )
+    if status < 0:
+        running.end_by_signal(-status)
+    return status
 
 
 def _add_clean(subcommands: Any) -> None:

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
-import concurrent.futures.process
 import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import process
 from contextlib import suppress
-from importlib.util import find_spec
 from typing import Any, Literal, Self
 
-from . import _summary, waiting
+from . import _loading, _summary, waiting
 from ._tally import Tally
 from .executor import SafePoolExecutor
 
 OURS = __package__
+PEBBLE = "pebble"
 LOCK_LIMIT_S = 30.0
-STOCK = concurrent.futures.process
 
 Where = tuple[dict[str, Any], str]  # the namespace of a module, and a name in it
 
@@ -46,7 +45,7 @@ def patch(*, start_method: str | None = None, summary: bool | str | os.PathLike[
     over a limit of the policy fails as a future of its own.  Raises ``TypeError`` or ``ValueError`` for a policy that
     no pool can have.
     """
-    made = Patch(policy, None if start_method is None else multiprocessing.get_context(start_method), summary)
+    made = Patch({**policy, "start_method": start_method}, summary=summary)
     made._activate()
     return made
 
@@ -54,7 +53,9 @@ def patch(*, start_method: str | None = None, summary: bool | str | os.PathLike[
 class Patch:
     """What ``patch`` returns: ``undo()`` it, ask it for its ``summary()``, or use it as a context manager."""
 
-    def __init__(self, policy: dict[str, Any], context: Any, summary: bool | str | os.PathLike[str]) -> None:
+    def __init__(self, policy: dict[str, Any], *, summary: bool | str | os.PathLike[str]) -> None:
+        method = policy.pop("start_method", None)
+        context = None if method is None else multiprocessing.get_context(method)
         self._tally = Tally()
         self.executor = _class_with(policy, context, self._tally)
         self.executor(1)  # starts nothing; a policy that is wrong is told here
@@ -64,15 +65,13 @@ class Patch:
             "as_completed": _stand_in_as_completed,
             "wait": _stand_in_wait,
         }
-        if find_spec("pebble") is not None:
-            from ._pebble import class_with
-
-            self._stand_ins["pebble"] = class_with(self.executor)
         self._summary = summary
         self._pid = os.getpid()
 
     def _activate(self) -> None:
         with _Locked():
+            if not _active:
+                _loading.once_loaded(PEBBLE, stand_in_for_pebble)
             _show([*_active, self])
         if self._summary is not False:
             atexit.register(self._tell)
@@ -82,6 +81,8 @@ class Patch:
         with _Locked():
             if self in _active:
                 _show([patch for patch in _active if patch is not self])
+            if not _active:
+                _loading.forget(PEBBLE)
 
     def summary(self) -> dict[str, Any]:
         """What became of the tasks of the pools that were made under it.
@@ -91,6 +92,10 @@ class Patch:
         ``task`` and ``why``.
         """
         return self._tally.as_dict()
+
+    def write_at_exit(self, path: str) -> None:
+        """The summary, as JSON, for whoever reads it after this process; nothing is written if no pool was made."""
+        atexit.register(self._write, path)
 
     def __enter__(self) -> Self:
         return self
@@ -104,16 +109,23 @@ class Patch:
 
     def _tell(self) -> None:
         """At the exit of the process, when its pools have ended."""
-        told = self.summary()
-        if os.getpid() == self._pid and told["pools"]:
-            _summary.tell(told, None if isinstance(self._summary, bool) else self._summary)
+        if self._has_news():
+            _summary.tell(self.summary(), None if isinstance(self._summary, bool) else self._summary)
+
+    def _write(self, path: str) -> None:
+        if self._has_news():
+            with suppress(OSError):  # whoever was to read it is gone
+                _summary.write(self.summary(), path)
+
+    def _has_news(self) -> bool:
+        return os.getpid() == self._pid and bool(self._tally.counts["pools"])
 
 
 def _class_with(policy: dict[str, Any], context: Any, tally: Tally) -> type[SafePoolExecutor]:
     """The pool under a policy.  It says that it is the standard library's class: by that name it can be pickled."""
 
     class ProcessPoolExecutor(SafePoolExecutor):
-        __doc__ = STOCK.ProcessPoolExecutor.__doc__
+        __doc__ = process.ProcessPoolExecutor.__doc__
 
         def __init__(
             self,
@@ -129,7 +141,7 @@ def _class_with(policy: dict[str, Any], context: Any, tally: Tally) -> type[Safe
         def _make_observer(self) -> Any:
             return tally.pool()
 
-    ProcessPoolExecutor.__module__ = STOCK.__name__
+    ProcessPoolExecutor.__module__ = process.__name__
     ProcessPoolExecutor.__qualname__ = "ProcessPoolExecutor"
     return ProcessPoolExecutor
 
@@ -148,7 +160,7 @@ def _stand_in_wait(fs: Any, timeout: float | None = None, return_when: str = con
 
 _active: list[Patch] = []
 _originals: dict[str, object] = {
-    "ProcessPoolExecutor": STOCK.ProcessPoolExecutor,
+    "ProcessPoolExecutor": process.ProcessPoolExecutor,
     "as_completed": concurrent.futures.as_completed,
     "wait": concurrent.futures.wait,
 }
@@ -169,10 +181,11 @@ class _Locked:
 
 def _show(patches: list[Patch]) -> None:
     """Have these be the active ones."""
-    if "pebble" not in _originals and any("pebble" in patch._stand_ins for patch in patches):
-        import pebble
+    if PEBBLE in _originals:
+        from ._pebble import class_with
 
-        _originals["pebble"] = pebble.ProcessPool
+        for patch in patches:
+            patch._stand_ins.setdefault(PEBBLE, class_with(patch.executor))
     wanted = {**_originals, **(patches[-1]._stand_ins if patches else {})}
     known = {
         id(thing): key
@@ -192,6 +205,15 @@ def _show(patches: list[Patch]) -> None:
             namespace, name = _added.pop()
             if namespace.get(name) is _originals[name]:
                 del namespace[name]
+
+
+def stand_in_for_pebble(module: Any = None) -> None:
+    """Pebble is loaded, by whomever: what is active stands in for its pool, too."""
+    pebble: Any = sys.modules.get(PEBBLE)
+    if hasattr(pebble, "ProcessPool") and PEBBLE not in _originals:  # else it is just being loaded
+        with _Locked():
+            _originals[PEBBLE] = pebble.ProcessPool
+            _show([*_active])
 
 
 def _add(name: str) -> None:

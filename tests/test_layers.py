@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: From the ground up.  A module may import from floors below its own only.
 FLOORS = [
-    {"_shapes", "_words", "_tags"},
+    {"_shapes", "_words", "_tags", "_loading"},
     {"errors", "policy", "_tables", "_timers", "_wire", "_unpack", "_os", "_log", "_packets", "_stacks"},
     {"_payload", "_families", "_isolation", "_leftovers", "_registry", "leaving"},
     {"_events", "_retry", "_worker", "_contexts", "_side", "_sweeping", "_keeper"},
@@ -27,6 +27,8 @@ FLOORS = [
     {"executor", "_summary"},
     {"_pebble", "_incident", "_cleaning"},
     {"patching"},
+    {"running", "_guard"},
+    {"_boot"},
     {"demo"},
     {"cli"},
     {"__init__", "__main__"},

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safepool import _tags
-from safepool._tags import FIRST, LAST
+from safepool._tags import FIRST, LAST, RUNS
 
 UNLIMITED = -1
 randoms = st.binary(min_size=8, max_size=8)
@@ -33,6 +33,25 @@ def test_a_worker_and_what_it_starts_are_its_keepers(random: bytes, launch: int,
     assert _tags.owner(keeper, (worker, keeper)) == worker
     assert _tags.owner(keeper, (worker, worker)) == worker  # forked from the user's process
     assert _tags.outermost(keeper) == keeper
+
+
+@given(randoms, randoms, randoms, pids)
+def test_what_is_run_is_apart_and_its_pools_are_as_ever(random: bytes, again: bytes, inner: bytes, pid: int) -> None:
+    """``safepool run`` wears a number that may be lowered to a keeper's, or another run's, and is neither's."""
+    number = _tags.of_run(random, (UNLIMITED, UNLIMITED))
+    assert number is not None
+    assert _tags.is_in_family(number, (number, number))
+    assert _tags.outermost(number) == number
+    keeper = _tags.fresh(inner, pid, (number, number))
+    assert keeper is not None
+    assert keeper < number
+    assert _tags.most_workers(keeper) == _tags.most_workers(outer(inner))
+    nested = _tags.of_run(again, (number, number))
+    assert nested is None or RUNS <= nested < number
+    for tag in ((_tags.of_worker(keeper, 1), keeper), *(((nested, nested),) if nested else ())):
+        assert not _tags.is_in_family(number, tag)
+        assert not _tags.is_in_family(tag[1], (number, number))
+    assert _tags.of_run(again, (_tags.of_worker(keeper, 1), keeper)) is None
 
 
 @given(randoms)

@@ -1,0 +1,174 @@
+"""``safepool run``: hardens a program that nobody edits, and lets nothing of any program outlive it.
+
+A Python program, and the Python programs that it starts, find in their environment where ``_boot`` is and what policy
+they are to have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing import util
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import _os, _summary
+from .policy import seconds
+
+POLICY = "SAFEPOOL_POLICY"
+BOOT = Path(__file__).with_name("_boot")
+TIMED_OUT = 124  # as ``timeout`` has it
+SIGNALLED = 128  # as a shell has it
+MOST_NAMED = 10
+
+
+def split(words: Sequence[str], with_value: Iterable[str]) -> tuple[list[str], list[str], bool]:
+    """(our own words, the program's, is it a Python program): ours end where the program begins.
+
+    ``with_value``: those of our options that take one.
+    """
+    with_value = frozenset(with_value)
+    at = 0
+    while at < len(words):
+        word = words[at]
+        if word == "--":
+            return [*words[:at]], [*words[at + 1 :]], False
+        if word == "-m" or not word.startswith("-"):
+            return [*words[:at]], [*words[at:]], True
+        at += 2 if word in with_value else 1
+    return [*words], [], True
+
+
+def run(
+    program: list[str],
+    *,
+    is_python: bool,
+    policy: Mapping[str, Any],
+    time_limit_s: float | None = None,
+    grace_s: float = 2.0,
+    summary: str | None = None,
+    quiet: bool = False,
+) -> int:
+    """Run it; its exit status, as ``os.waitstatus_to_exitcode`` gives it, or 124 at its time limit.
+
+    ``program``: the words after the interpreter, or a command.  Everything that it has started is ended with it.
+    """
+    command = [sys.executable, *util._args_from_interpreter_flags(), *program] if is_python else program  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory(prefix="safepool-run-", ignore_cleanup_errors=True) as folder:
+        environ = environment(policy, folder)
+        if "keeper" in _os.CAPABILITIES:
+            from . import _guard
+
+            ended = _guard.run(command, environ, folder, time_limit_s=time_limit_s, grace_s=grace_s)
+            status, left, why = ended.status, ended.left, ended.why
+        else:
+            status, left, why = _run_plainly(command, environ, time_limit_s, grace_s)
+        told = _summary.merged(_read(folder))
+    lines = [f"the program left {len(left)} processes, which were ended: {_named(left)}"] if left else []
+    lines += [why] if why else []
+    for line in lines:
+        _summary.say(f"safepool: {line}")
+    if told["pools"] and not quiet:
+        _summary.say(_summary.words_of(told))
+    if summary is not None:
+        try:
+            _summary.write(
+                {**told, "exit_status": status, "left": [words for _, words in left], "stopped": why}, summary
+            )
+        except OSError as error:
+            _summary.say(f"safepool: the summary cannot be written: {error}")
+    return TIMED_OUT if "time limit" in why else status
+
+
+def check(policy: Mapping[str, Any], time_limit_s: float | None, grace_s: float | None) -> None:
+    """Raises ``TypeError`` or ``ValueError`` if no pool can have this policy, or no program these limits."""
+    from .patching import Patch
+
+    Patch(dict(policy), summary=False)
+    if time_limit_s is not None:
+        seconds(time_limit_s, "time-limit")
+    if grace_s is not None and seconds(grace_s, "grace", zero=True) is None:
+        raise ValueError("grace must be finite: what ignores SIGTERM would never be stopped")
+
+
+def end_by_signal(number: int) -> NoReturn:
+    """End this process as the program ended."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the one who died has left its own
+    with suppress(OSError, ValueError):  # SIGKILL has no handler
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    sys.exit(SIGNALLED + number)
+
+
+def environment(policy: Mapping[str, Any], folder: str) -> dict[str, str]:
+    """For a program that is to be hardened, within one that is so already, perhaps: what is set here has precedence."""
+    environ = dict(os.environ)
+    outer = json.loads(environ.get(POLICY, "{}"))
+    told = {
+        "policy": {**outer.get("policy", {}), **policy},
+        "folder": folder,
+        "home": str(BOOT.parent.parent),
+        "python": list(sys.version_info[:2]),
+    }
+    environ[POLICY] = json.dumps(told)
+    paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(BOOT)]
+    environ["PYTHONPATH"] = os.pathsep.join([str(BOOT), *paths])
+    return environ
+
+
+_is_armed = False
+
+
+def arm() -> None:
+    """In the program: patch it, and have it say at its end what became of its tasks.  Or, now, Pebble is loaded too."""
+    global _is_armed
+    from .patching import patch, stand_in_for_pebble
+
+    if _is_armed:
+        stand_in_for_pebble()
+        return
+    _is_armed = True
+    told = json.loads(os.environ[POLICY])
+    patched = patch(summary=False, **told["policy"])
+    patched.write_at_exit(os.path.join(told["folder"], f"{os.getpid()}.json"))
+
+
+def _read(folder: str) -> Iterable[dict[str, Any]]:
+    for path in sorted(Path(folder).glob("*.json")):
+        with suppress(OSError, ValueError):
+            yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def _named(left: list[tuple[int, str]]) -> str:
+    more = [f"and {len(left) - MOST_NAMED} more"] if len(left) > MOST_NAMED else []
+    return "; ".join([f"{pid} ({words})" for pid, words in left[:MOST_NAMED]] + more)
+
+
+def _run_plainly(
+    command: list[str], environ: dict[str, str], time_limit_s: float | None, grace_s: float
+) -> tuple[int, list[tuple[int, str]], str]:
+    """Where nothing adopts orphans: what the command has started is ended as far as it can be found below it."""
+    import psutil
+
+    with subprocess.Popen(command, env=environ) as process:
+        try:
+            return process.wait(time_limit_s), [], ""
+        except subprocess.TimeoutExpired:
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(grace_s)
+            for child in children:
+                with suppress(psutil.Error):
+                    child.kill()
+            process.kill()
+            return process.wait(grace_s), [], f"it was stopped at its time limit of {time_limit_s:g} s"

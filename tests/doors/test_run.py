@@ -1,0 +1,455 @@
+"""``safepool run``: the program behaves as without it, its pools are hardened, and nothing outlives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import psutil
+import pytest
+
+from safepool import CAPABILITIES, cli
+from tests.support import LIMIT_S, until
+
+pytestmark = pytest.mark.skipif("keeper" not in CAPABILITIES, reason="nothing adopts orphans here")
+
+MARK = "SAFEPOOL_TEST_RUN"
+GONE_S = 1.5
+RUN = [sys.executable, "-m", "safepool", "run"]
+
+
+class Program:
+    """A command under ``safepool run``, and all that comes of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self.mark = uuid.uuid4().hex
+        self.started: list[subprocess.Popen[str]] = []
+
+    def script(self, text: str, name: str = "script.py") -> str:
+        (self.folder / name).write_text(text)
+        return str(self.folder / name)
+
+    def environ(self, **more: str) -> dict[str, str]:
+        return {**os.environ, MARK: self.mark, "TMPDIR": str(self.temporary), **more}
+
+    def run(self, *words: str, plain: bool = False, **more: str) -> subprocess.CompletedProcess[str]:
+        """To its end; ``plain``: without ``safepool run``, by the interpreter."""
+        return subprocess.run(
+            [*([sys.executable] if plain else RUN), *words],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            cwd=self.folder,
+            env=self.environ(**more),
+            stdin=subprocess.DEVNULL,
+        )
+
+    def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*RUN, *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=self.folder,
+            env=self.environ(),
+            **options,
+        )
+        self.started.append(process)
+        return process
+
+    def wait_for(self, name: str) -> str:
+        """Until the program has written that file whole: what is in it."""
+        path = self.folder / name
+        until(lambda: path.exists() and path.read_text().endswith("\n"), f"{name} is written")
+        return path.read_text().strip()
+
+    def left(self) -> list[psutil.Process]:
+        """All processes that came of it, seen by their environment."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def is_gone(self) -> bool:
+        """Soon, and no folder of ours either."""
+        end = monotonic() + GONE_S
+        while (self.left() or self.folders()) and monotonic() < end:
+            sleep(0.02)
+        return not self.left() and not self.folders()
+
+    def folders(self) -> list[Path]:
+        return list(self.temporary.iterdir())
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    made = Program(tmp_path)
+    yield made
+    for process in made.started:
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.wait(LIMIT_S)
+    for stray in made.left():
+        with suppress(psutil.Error):
+            stray.kill()
+
+
+# ---------------------------------------------------------- it behaves as without
+
+POOL = """
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+class Thing:
+    def __init__(self, number):
+        self.number = number
+
+def make(number):
+    return Thing(number)
+
+def main():
+    with ProcessPoolExecutor(2) as pool:
+        things = [future.result() for future in as_completed([pool.submit(make, n) for n in range(5)])]
+    print(__name__, sys.argv[1:], sorted(thing.number for thing in things), type(things[0]) is Thing)
+"""
+SAME = {
+    "a main guard": POOL + 'if __name__ == "__main__":\n    main()\n',
+    "no main guard": POOL + "main()\n",
+    "multiprocessing's own pool": """
+import multiprocessing
+class Thing:
+    number = 3
+def make(n):
+    return Thing()
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        print([type(thing) is Thing for thing in pool.map(make, range(4))])
+""",
+    "it raises": POOL + 'main()\nraise ValueError("no more")\n',
+    "it exits with 3": POOL + "main()\nsys.exit(3)\n",
+    "it is killed": "import os, sys\nprint('so far', flush=True)\nos.kill(os.getpid(), 9)\n",
+    "it is terminated": "import os\nos.kill(os.getpid(), 15)\n",
+    "what it is": """
+import sys
+print(__name__, __file__, __spec__, sys.argv, sys.path[0], [entry for entry in sys.path if "_boot" in entry])
+print(sorted(name for name in globals()), sys.flags)
+""",
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_a_script_behaves_as_by_the_interpreter(program: Program, kind: str) -> None:
+    """Standard output, exit status, ``__main__`` and arguments are the same; and nothing is left."""
+    script = program.script(SAME[kind])
+    plain = program.run(script, "-x", "--timeout", "5", plain=True)
+    ours = program.run(script, "-x", "--timeout", "5")
+    assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout)
+    told = [line for line in ours.stderr.splitlines() if not line.startswith("safepool: 5 tasks done, 0 failed")]
+    assert told == plain.stderr.splitlines()
+    assert program.is_gone()
+
+
+def test_a_module_behaves_as_by_the_interpreter(program: Program) -> None:
+    """``-m``, with the module's own ``__spec__`` and the working directory as the first place to import from."""
+    program.script(SAME["no main guard"] + "print(__spec__.name, __file__, sys.path[0])", "package_of_one.py")
+    plain = program.run("-m", "package_of_one", "-m", "x", plain=True)
+    ours = program.run("-m", "package_of_one", "-m", "x")
+    assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout)
+    assert "package_of_one" in ours.stdout
+    missing = program.run("-m", "no_such_module")
+    assert (missing.returncode, "No module named no_such_module" in missing.stderr) == (1, True)
+
+
+def test_it_reads_what_it_is_given(program: Program) -> None:
+    """Its standard input is the caller's."""
+    done = subprocess.run(
+        [*RUN, "--", "tr", "a-z", "A-Z"], input="words\n", capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "WORDS\n", "")
+
+
+def test_a_sitecustomize_of_its_own_is_loaded(program: Program) -> None:
+    """Ours comes before it, has it loaded, and leaves it the name."""
+    program.script("print('customized', __file__)", "sitecustomize.py")
+    script = program.script(POOL + "import sitecustomize; print(sitecustomize.__file__)\nmain()")
+    done = program.run(script, PYTHONPATH=str(program.folder))
+    theirs = str(program.folder / "sitecustomize.py")
+    # (As under the interpreter alone it is loaded by the process that workers are forked from, too.)
+    assert {f"customized {theirs}", theirs} == {*done.stdout.splitlines()[:-1]}
+    assert "safepool: 5 tasks done" in done.stderr
+
+
+# ------------------------------------------------------------------ it is hardened
+
+BAD = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+def work(n):
+    if n == 1: os._exit(0)
+    if n == 2: time.sleep(600)
+    if n == 3: raise ValueError("a bad agent")
+    return n
+with ProcessPoolExecutor(2) as pool:
+    done = 0
+    for future in as_completed([pool.submit(work, n) for n in range(8)]):
+        try: done += future.result() >= 0
+        except Exception: pass
+print("done", done)
+"""
+
+
+def test_its_pools_have_the_policy_and_the_summary_tells(program: Program) -> None:
+    """A program that would hang, and swallows errors: it ends, and both people and programs are told."""
+    script = program.script(BAD)
+    done = program.run("--timeout", "0.5", "--retry=1", "--summary", "told.json", script)
+    assert (done.returncode, done.stdout) == (0, "done 5\n")
+    told = json.loads((program.folder / "told.json").read_text())
+    assert (told["done"], told["failed"], told["retried"], told["workers_lost"]) == (5, 3, 3, 2)
+    assert (told["exit_status"], told["left"], told["stopped"]) == (0, [], "")
+    assert done.stderr.startswith("safepool: 5 tasks done, 3 failed")
+    quiet = program.run("--timeout", "0.5", "--quiet", script)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "done 5\n", "")
+
+
+def test_programs_that_it_starts_are_hardened_too(program: Program) -> None:
+    """By their environment; also from a shell, and a policy within a policy has precedence."""
+    bad = program.script(BAD, "bad.py")
+    inner = f"{sys.executable} -m safepool run --timeout 0.3 {bad}"
+    for command in (f"{sys.executable} {bad}; echo so", f"{inner}; echo so"):
+        done = program.run("--timeout", "0.6", "--", "sh", "-c", command)
+        assert (done.returncode, done.stdout) == (0, "done 5\nso\n")
+        assert "ran longer than its timeout of 0.3 s" in done.stderr or "0.6 s" in done.stderr
+        assert ("of 0.3 s" in done.stderr) == ("--timeout 0.3" in command)
+
+
+def test_pebble_is_stood_in_for_whoever_is_loaded_first(program: Program) -> None:
+    """Pebble loads what we wait for while it is only half loaded itself."""
+    pytest.importorskip("pebble")
+    text = """
+{}
+import os
+from pebble import ProcessPool, ProcessExpired
+with ProcessPool(2) as pool:
+    gone, there = pool.schedule(os._exit, args=(0,)), pool.schedule(abs, args=(-1,))
+    try: gone.result()
+    except ProcessExpired as error: print("expired", error.exitcode, there.result())
+"""
+    for before in ("", "from concurrent.futures import ProcessPoolExecutor", "import concurrent.futures.process"):
+        done = program.run(program.script(text.format(before)))
+        assert (done.returncode, done.stdout) == (0, "expired 0 1\n"), done.stderr
+        assert "safepool: 1 tasks done, 1 failed" in done.stderr
+
+
+def test_a_program_that_uses_safepool_itself_is_hardened_too(program: Program) -> None:
+    """Loading safepool loads what we wait for: then it is patched at the next import."""
+    text = """
+from safepool import SafePoolExecutor
+import concurrent.futures, wave
+print(concurrent.futures.ProcessPoolExecutor.__mro__[1] is SafePoolExecutor)
+"""
+    done = program.run(program.script(text))
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_a_program_without_pools_loads_nothing_of_ours(program: Program) -> None:
+    """Whatever is not needed is not paid for."""
+    text = "import sys, asyncio, concurrent.futures; print([m for m in sys.modules if m.startswith('safepool')])"
+    done = program.run(program.script(text))
+    assert (done.stdout, done.stderr) == ("['safepool', 'safepool._loading']\n", "")
+
+
+# ------------------------------------------------------------- nothing outlives it
+
+LEAVER = """
+import os, signal, subprocess, sys, time
+def leave(*words, **options):
+    return subprocess.Popen(["sleep", "600", *words], **options)
+leave(start_new_session=True)
+leave(env={})
+subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 600 & sleep 600"], start_new_session=True)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+"""
+READY = "open('ready', 'w').write(f'{os.getpid()}\\n')\n"
+
+
+def test_what_a_program_leaves_is_ended_and_named(program: Program) -> None:
+    """Daemons, processes without an environment, and those that are deaf to SIGTERM, which take the grace."""
+    began = monotonic()
+    done = program.run("--grace", "0.5", program.script(LEAVER + "print('bye')"))
+    assert monotonic() - began < 8
+    assert (done.returncode, done.stdout) == (0, "bye\n")
+    assert "the program left" in done.stderr
+    assert "(sleep 600)" in done.stderr
+    assert program.is_gone()
+
+
+def test_what_is_left_on_purpose_stays(program: Program) -> None:
+    """``leave_running`` is respected here too."""
+    text = """
+import subprocess, safepool
+with safepool.leave_running():
+    print(subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)
+"""
+    done = program.run(program.script(text))
+    survivor = psutil.Process(int(done.stdout))
+    assert survivor.is_running()
+    survivor.kill()
+    until(lambda: not survivor.is_running() or survivor.status() == psutil.STATUS_ZOMBIE, "it is gone")
+
+
+@pytest.mark.parametrize("who", ["run", "guard", "program", "group"])
+def test_whoever_is_killed_nothing_is_left(program: Program, who: str) -> None:
+    """By SIGKILL: ``safepool run`` itself, its guard, the program, or their whole process group."""
+    process = program.start(program.script(LEAVER + READY + "time.sleep(600)"), start_new_session=True)
+    pid = int(program.wait_for("ready"))
+    guard = next(child for child in psutil.Process(process.pid).children() if child.name() == "safepool-guard")
+    assert len(program.left()) >= 6
+    if who == "program":
+        os.kill(pid, signal.SIGKILL)
+    elif who == "group":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        (guard if who == "guard" else process).kill()
+    assert process.wait(LIMIT_S) == -signal.SIGKILL
+    until(program.is_gone, "all is gone", 6 if who == "program" else GONE_S)
+
+
+def test_what_is_left_when_both_are_killed_is_found_by_its_tag(program: Program) -> None:
+    """In the same moment: ``safepool clean``, or the next program with a pool, ends it."""
+    process = program.start(program.script(LEAVER + READY + "time.sleep(600)"))
+    pid = int(program.wait_for("ready"))
+    guard = next(child for child in psutil.Process(process.pid).children() if child.name() == "safepool-guard")
+    process.send_signal(signal.SIGSTOP)
+    guard.kill()
+    process.kill()
+    process.wait(LIMIT_S)
+    until(lambda: not psutil.pid_exists(pid), "the program itself ends with its guard")
+    assert program.left()
+    clean = [sys.executable, "-m", "safepool", "clean", "--end", "kill"]
+    done = subprocess.run(clean, capture_output=True, text=True, timeout=LIMIT_S, env=program.environ())
+    assert f"left by process {process.pid}" in done.stdout
+    until(lambda: not program.left(), "all is gone", GONE_S)
+    for folder in program.folders():
+        folder.rmdir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_the_programs(program: Program, number: signal.Signals) -> None:
+    """It is passed on, the program decides, and then everything ends; the status is the program's."""
+    cleans = f"signal.signal({int(number)}, lambda *_: sys.exit(7))\n"
+    process = program.start(program.script(LEAVER + cleans + READY + "time.sleep(600)"))
+    program.wait_for("ready")
+    process.send_signal(number)
+    assert process.wait(LIMIT_S) == 7
+    assert program.is_gone()
+
+
+def test_a_program_that_is_deaf_to_sigterm_is_killed_after_the_grace(program: Program) -> None:
+    """Whoever sends SIGTERM wants an end."""
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    process = program.start("--grace", "0.4", program.script(LEAVER + deaf + READY + "time.sleep(600)"))
+    program.wait_for("ready")
+    began = monotonic()
+    process.terminate()
+    assert process.wait(LIMIT_S) == -signal.SIGKILL
+    assert 0.3 < monotonic() - began < 5
+    assert program.is_gone()
+
+
+def test_ctrl_c_at_a_terminal_comes_once(program: Program) -> None:
+    """The terminal sends it to the program too, so it is not passed on: one press, one ``KeyboardInterrupt``."""
+    text = """
+import time
+for turn in range(2):
+    try:
+        print("ready", flush=True)
+        time.sleep(600 if turn == 0 else 1)
+    except KeyboardInterrupt: print("interrupted", turn, flush=True)
+"""
+    script = program.script(text)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ[MARK] = program.mark
+        os.execv(RUN[0], [*RUN, script])
+    try:
+        seen = b""
+        while b"ready" not in seen:
+            seen += os.read(terminal, 100)
+        os.write(terminal, b"\x03")
+        with suppress(OSError):  # its end
+            while part := os.read(terminal, 100):
+                seen += part
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert seen.count(b"interrupted") == 1
+    finally:
+        os.close(terminal)
+
+
+def test_the_time_limit_is_for_everything(program: Program) -> None:
+    """SIGTERM first; and what the program does about it has the grace."""
+    process = program.run("--time-limit", "0.5", "--", "sh", "-c", "trap 'echo cleaned; exit' TERM; sleep 60 & wait")
+    assert (process.returncode, process.stdout) == (124, "cleaned\n")
+    assert "it was stopped at its time limit of 0.5 s" in process.stderr
+    assert program.is_gone()
+
+
+# ------------------------------------------------------------------------ words
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "run what?"),
+        (["--timeout", "3"], "run what?"),
+        (["-m"], "run what?"),
+        (["--timeout", "soon", "x.py"], "invalid float value"),
+        (["--timeout", "-1", "x.py"], "timeout must be greater than 0"),
+        (["--time-limit", "0", "x.py"], "time-limit must be greater than 0"),
+        (["--grace", "inf", "x.py"], "grace must be finite"),
+        (["--start-method", "telepathy", "x.py"], "telepathy"),
+        (["--leftovers", "eat", "x.py"], "leftovers must be"),
+        (["--retry", "-3", "x.py"], "retry must be"),
+        (["--patience", "x.py"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_usage_is_told_and_nothing_is_run(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 2, and what was wrong."""
+    try:
+        status: object = cli.main(["run", *words])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert told in capsys.readouterr().err
+
+
+def test_what_cannot_be_run_is_told_as_a_shell_does(program: Program) -> None:
+    """127: there is no such command; 126: it may not be executed."""
+    missing = program.run("--", "no-such-command")
+    assert (missing.returncode, missing.stderr) == (
+        127,
+        "safepool: cannot run 'no-such-command': No such file or directory\n",
+    )
+    script = program.script("")
+    assert program.run("--", script).returncode == 126
