@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import WorkerStartError as WorkerStartError
     from .executor import SafePoolExecutor as SafePoolExecutor
     from .future import SafeFuture as SafeFuture
+    from .joblib_backend import register_joblib as register_joblib
     from .leaving import Leftover as Leftover
     from .leaving import leave_running as leave_running
     from .patching import patch as patch
@@ -52,6 +53,7 @@ _PLACES = {
     "as_completed": "waiting",
     "leave_running": "leaving",
     "patch": "patching",
+    "register_joblib": "joblib_backend",
     "wait": "waiting",
 }
 

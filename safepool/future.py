@@ -27,7 +27,7 @@ from .errors import Attempt, ResultUnreadable, Unfinished, with_attempts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from typing import Any, Protocol
 
     from .leaving import Leftover
@@ -54,7 +54,7 @@ class SafeFuture(Future["Any"]):
     Beyond ``concurrent.futures.Future``: ``kill()``, ``attempts`` (the failed ones so far, a tuple of
     ``Attempt``), ``worker_pid`` (of the worker that runs or last ran it, or None), ``leftovers`` (processes
     that outlived it, a tuple of ``Leftover``), ``stacks`` (what it was doing when its worker was killed, where the
-    pool asks that) and ``name``.
+    pool asks that) and ``name``.  Under asyncio it can be awaited: whoever is cancelled over it kills the task.
     """
 
     leftovers: tuple[Leftover, ...] = ()
@@ -121,6 +121,17 @@ class SafeFuture(Future["Any"]):
         self._await(timeout)
         self._raise_if_cancelled()
         return self._exception
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """``await pool.submit(...)``, under asyncio.  If whoever awaits it is cancelled, the task is killed."""
+        from asyncio import CancelledError as Cancelled
+        from asyncio import wrap_future
+
+        try:
+            return (yield from wrap_future(self).__await__())
+        except Cancelled:
+            self.kill()
+            raise
 
     def _raise_if_cancelled(self) -> None:
         if self._state != FINISHED:

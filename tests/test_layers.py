@@ -25,7 +25,7 @@ FLOORS = [
     {"_call", "waiting"},
     {"_watchdog", "_tally"},
     {"executor", "_summary"},
-    {"_pebble", "_incident", "_cleaning"},
+    {"_pebble", "_incident", "_cleaning", "joblib_backend"},
     {"patching"},
     {"running", "_guard"},
     {"_boot"},

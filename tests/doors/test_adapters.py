@@ -1,0 +1,104 @@
+"""One line each: asyncio and joblib on our pool."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from safepool import SafePoolExecutor, TaskTimeout, WorkerDied, register_joblib
+from tests.pool import tasks
+from tests.support import LIMIT_S, until
+
+MakePool = Callable[..., SafePoolExecutor]
+
+# ---------------------------------------------------------------------- asyncio
+
+
+def test_a_future_can_be_awaited(pool: MakePool) -> None:
+    """Its value, or its error, is that of the ``await``; and ``run_in_executor`` works as with any pool."""
+    executor = pool(2)
+
+    async def main() -> list[Any]:
+        loop = asyncio.get_running_loop()
+        told = await asyncio.gather(*(executor.submit(pow, 2, n) for n in range(4)))
+        told.append(await loop.run_in_executor(executor, abs, -5))
+        with pytest.raises(WorkerDied):
+            await executor.submit(os._exit, 0)
+        with pytest.raises(TaskTimeout):
+            await executor.options(timeout=0.1).submit(tasks.nap, tasks.LIMIT_S)
+        return told
+
+    assert asyncio.run(main()) == [1, 2, 4, 8, 5]
+
+
+def test_whoever_is_cancelled_over_it_kills_the_task(pool: MakePool) -> None:
+    """A limit of asyncio's, or the end of a group: the worker does not go on with what nobody awaits."""
+    executor = pool(1)
+
+    async def main() -> None:
+        running, queued = (executor.submit(tasks.nap, tasks.LIMIT_S) for _ in range(2))
+        with pytest.raises(asyncio.TimeoutError):
+            async with asyncio.timeout(0.5):
+                await asyncio.gather(running, queued)
+        until(lambda: running.cancelled() and queued.cancelled(), "both are cancelled")
+
+    began = monotonic()
+    asyncio.run(main())
+    assert executor.submit(abs, -1).result(LIMIT_S) == 1
+    assert monotonic() - began < 10
+
+
+# ----------------------------------------------------------------------- joblib
+
+
+@pytest.fixture
+def joblib() -> Any:
+    found = pytest.importorskip("joblib")
+    register_joblib()
+    yield found
+    from safepool.joblib_backend import Backend
+
+    if Backend._kept is not None:
+        Backend._kept[1].kill_workers()
+        Backend._kept = None
+
+
+def test_joblib_runs_on_our_pool(joblib: Any) -> None:
+    """Functions, lambdas and errors as with joblib's own; workers are kept from one call to the next."""
+    with joblib.parallel_config(backend="safepool", n_jobs=2):
+        assert joblib.Parallel()(joblib.delayed(pow)(n, 2) for n in range(50)) == [n * n for n in range(50)]
+        assert joblib.Parallel()(joblib.delayed(lambda n: n + 1)(n) for n in range(3)) == [1, 2, 3]
+        one, other = (set(joblib.Parallel()(joblib.delayed(os.getpid)() for _ in range(20))) for _ in range(2))
+        assert os.getpid() not in one | other
+        assert len(one | other) <= 2
+        with pytest.raises(ValueError, match="no number"):
+            joblib.Parallel()(joblib.delayed(int)(text) for text in ("1", "no number", "3"))
+        assert list(joblib.Parallel(return_as="generator")(joblib.delayed(abs)(-n) for n in range(4))) == [0, 1, 2, 3]
+
+
+def test_joblib_takes_the_policy_of_a_pool(joblib: Any) -> None:
+    """A death costs a retry, and a task that is stuck its limit: joblib's own pool has words for neither."""
+    flag = f"/proc/{os.getpid()}/fd/.."
+    with joblib.parallel_config(backend="safepool", n_jobs=2, timeout=0.5):
+        with pytest.raises(TimeoutError):
+            joblib.Parallel()(joblib.delayed(tasks.nap)(tasks.LIMIT_S) for _ in range(2))
+        assert joblib.Parallel()(joblib.delayed(os.path.exists)(flag) for _ in range(2)) == [True, True]
+
+
+def _threads() -> str:
+    return os.environ["OMP_NUM_THREADS"]
+
+
+def test_joblibs_workers_share_the_processors(joblib: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many threads as joblib's own workers would have."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    told = [
+        set(joblib.Parallel(n_jobs=2, backend=backend)(joblib.delayed(_threads)() for _ in range(2)))
+        for backend in ("safepool", "loky")
+    ]
+    assert told[0] == told[1]
