@@ -377,6 +377,20 @@ def _dumps_while_starting(value: Any, inherited: list[int]) -> bytes:
         context.set_spawning_popen(None)
 
 
+def can_be_sent(setup: Setup) -> bool:
+    """To a worker that is not forked from this process."""
+    try:
+        _payload.dumps(setup)
+    except RuntimeError:
+        with suppress(Exception):
+            _dumps_while_starting(setup, [])
+            return True
+        return False
+    except Exception:
+        return False
+    return True
+
+
 def launcher_of(context: Any, name: str, policy: LaunchPolicy = PLAIN) -> ContextLauncher | KeeperLauncher:
     """The launcher of a pool with this ``mp_context``; without one, never a fork of the user's process."""
     if context is None or _contexts.is_stock(context):

@@ -1,6 +1,6 @@
 """Tells what became of the tasks of a program: a few lines on stderr for people, JSON for programs.
 
-A summary is what ``Tally.as_dict`` gives.
+A summary is a ``dict`` of counts, of ``seconds_lost``, and of the first ``failures``, see ``_tally``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import _os
-from ._tally import COUNTS, MOST_TOLD
 
+COUNTS = ("pools", "done", "failed", "cancelled", "retried", "killed", "workers_lost")
+MOST_TOLD = 100  # failures by name
 MOST_CHARACTERS = 3500  # that surely go into a pipe that has room at all
 
 

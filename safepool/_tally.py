@@ -11,12 +11,11 @@ from typing import Any
 
 from . import _events as e
 from ._call import Call
+from ._summary import COUNTS, MOST_TOLD
 from .errors import _Facts
 from .future import SafeFuture
 
-MOST_TOLD = 100  # failures by name
 LOCK_LIMIT_S = 1.0
-COUNTS = ("pools", "done", "failed", "cancelled", "retried", "killed", "workers_lost")
 #: Why an attempt was stopped, if it was running.
 STOPPED = ("timeout", "deadline", "cancelled", "terminated")
 

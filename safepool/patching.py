@@ -18,7 +18,9 @@ from contextlib import suppress
 from typing import Any, Literal, Self
 
 from . import _loading, _summary, waiting
+from ._launch import can_be_sent
 from ._tally import Tally
+from ._worker import Setup
 from .executor import SafePoolExecutor
 
 OURS = __package__
@@ -135,7 +137,10 @@ def _class_with(policy: dict[str, Any], context: Any, tally: Tally) -> type[Safe
             initargs: tuple[Any, ...] = (),
             **more: Any,
         ) -> None:
-            mp_context = mp_context if context is None else context
+            if context is not None:
+                mp_context = context
+            elif mp_context is None and not more.get("max_tasks_per_child"):
+                mp_context = _fork_if_need_be(Setup(initializer, tuple(initargs)))
             super().__init__(max_workers, mp_context, initializer, initargs, **{**more, **policy})
 
         def _make_observer(self) -> Any:
@@ -144,6 +149,14 @@ def _class_with(policy: dict[str, Any], context: Any, tally: Tally) -> type[Safe
     ProcessPoolExecutor.__module__ = process.__name__
     ProcessPoolExecutor.__qualname__ = "ProcessPoolExecutor"
     return ProcessPoolExecutor
+
+
+def _fork_if_need_be(setup: Setup) -> Any:
+    """None: the safe start.  A lock, say, that was made for workers that inherit it cannot be sent to others."""
+    if setup.initializer is None or can_be_sent(setup):
+        return None
+    default = multiprocessing.get_context()
+    return default if default.get_start_method() == "fork" else None
 
 
 def _stand_in_as_completed(fs: Any, timeout: float | None = None) -> Any:

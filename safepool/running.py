@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from multiprocessing import util
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,7 +58,7 @@ def run(
 
     ``program``: the words after the interpreter, or a command.  Everything that it has started is ended with it.
     """
-    command = [sys.executable, *util._args_from_interpreter_flags(), *program] if is_python else program  # type: ignore[attr-defined]
+    command = [sys.executable, *subprocess._args_from_interpreter_flags(), *program] if is_python else program  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="safepool-run-", ignore_cleanup_errors=True) as folder:
         environ = environment(policy, folder)
         if "keeper" in _os.CAPABILITIES:
@@ -88,9 +87,10 @@ def run(
 
 def check(policy: Mapping[str, Any], time_limit_s: float | None, grace_s: float | None) -> None:
     """Raises ``TypeError`` or ``ValueError`` if no pool can have this policy, or no program these limits."""
-    from .patching import Patch
+    if policy:
+        from .patching import Patch
 
-    Patch(dict(policy), summary=False)
+        Patch(dict(policy), summary=False)
     if time_limit_s is not None:
         seconds(time_limit_s, "time-limit")
     if grace_s is not None and seconds(grace_s, "grace", zero=True) is None:

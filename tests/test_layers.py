@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"_shapes", "_words", "_tags", "_loading"},
     {"errors", "policy", "_tables", "_timers", "_wire", "_unpack", "_os", "_log", "_packets", "_stacks"},
-    {"_payload", "_families", "_isolation", "_leftovers", "_registry", "leaving"},
+    {"_summary", "_payload", "_families", "_isolation", "_leftovers", "_registry", "leaving"},
     {"_events", "_retry", "_worker", "_contexts", "_side", "_sweeping", "_keeper"},
     {"_newborn"},
     {"_zygote", "_keep"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"future", "testing", "_evidence"},
     {"_call", "waiting"},
     {"_watchdog", "_tally"},
-    {"executor", "_summary"},
+    {"executor"},
     {"_pebble", "_incident", "_cleaning", "joblib_backend"},
     {"patching"},
     {"running", "_guard"},
