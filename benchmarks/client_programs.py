@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 WORKERS = 2
-FILES = 12
+FILES = 6
 SOURCE = """
 import os,sys
 class  Thing{n} :
@@ -37,19 +37,19 @@ def work(number: float) -> float:
     return total
 
 
-def sources(folder: Path) -> list[str]:
+def sources(folder: Path, count: int) -> list[str]:
     """Untidy modules, long enough to be worth a process."""
     paths = []
-    for n in range(FILES):
+    for n in range(count):
         path = folder / f"module{n}.py"
         path.write_text("".join(SOURCE.format(n=n * 100 + part) for part in range(40)))
         paths.append(str(path))
     return paths
 
 
-def run_black(folder: Path) -> Any:
+def run_black(folder: Path, scale: int) -> Any:
     os.environ["BLACK_CACHE_DIR"] = str(folder)
-    paths = sources(folder)
+    paths = sources(folder, FILES * scale)
     sys.argv = ["black", "--quiet", "--workers", str(WORKERS), *paths]
     import black
 
@@ -60,42 +60,44 @@ def run_black(folder: Path) -> Any:
     return status, [Path(path).read_text() for path in paths]
 
 
-def run_pylint(folder: Path) -> Any:
+def run_pylint(folder: Path, scale: int) -> Any:
     import io
 
     from pylint.lint import Run
     from pylint.reporters.text import TextReporter
 
     out = io.StringIO()
-    run = Run(["-j", str(WORKERS), "--persistent=n", *sources(folder)[:4]], reporter=TextReporter(out), exit=False)
+    run = Run(
+        ["-j", str(WORKERS), "--persistent=n", *sources(folder, 4 * scale)], reporter=TextReporter(out), exit=False
+    )
     return run.linter.msg_status, sorted(line for line in out.getvalue().splitlines() if ": " in line)
 
 
-def run_dask(folder: Path) -> Any:
+def run_dask(folder: Path, scale: int) -> Any:
     import dask
 
-    parts = [dask.delayed(work)(n) for n in range(30)]
+    parts = [dask.delayed(work)(n) for n in range(30 * scale)]
     total = dask.delayed(sum)(parts)
     found = dask.compute(total, *parts[:3], scheduler="processes", num_workers=WORKERS)
     with ProcessPoolExecutor(WORKERS) as pool:
         return found, dask.compute(total, scheduler=pool)
 
 
-def run_tqdm(folder: Path) -> Any:
+def run_tqdm(folder: Path, scale: int) -> Any:
     from tqdm.contrib.concurrent import process_map
 
-    return process_map(work, range(60), max_workers=WORKERS, chunksize=2, file=open(os.devnull, "w"))
+    return process_map(work, range(60 * scale), max_workers=WORKERS, chunksize=2, file=open(os.devnull, "w"))
 
 
 def _valley(x: Any) -> float:
     return work(0.0) * 0 + float(sum(100.0 * (x[1:] - x[:-1] ** 2.0) ** 2.0 + (1 - x[:-1]) ** 2.0))
 
 
-def run_scipy(folder: Path) -> Any:
+def run_scipy(folder: Path, scale: int) -> Any:
     from scipy.optimize import differential_evolution
 
     with ProcessPoolExecutor(WORKERS) as pool:
-        options = {"seed": 1, "maxiter": 4, "popsize": 5, "updating": "deferred", "polish": False}
+        options = {"seed": 1, "maxiter": 4 * scale, "popsize": 5, "updating": "deferred", "polish": False}
         found = differential_evolution(_valley, [(-2, 2)] * 3, workers=pool.map, **options)
     return found.x.tolist(), found.nfev
 
@@ -104,7 +106,7 @@ def _likelihood(x: Any) -> float:
     return work(0.0) * 0 - 0.5 * float(x @ x)
 
 
-def run_emcee(folder: Path) -> Any:
+def run_emcee(folder: Path, scale: int) -> Any:
     import emcee
     import numpy
 
@@ -112,19 +114,19 @@ def run_emcee(folder: Path) -> Any:
     start = numpy.random.randn(8, 3)
     with ProcessPoolExecutor(WORKERS) as pool:
         sampler = emcee.EnsembleSampler(8, 3, _likelihood, pool=pool)
-        sampler.run_mcmc(start, 20)
+        sampler.run_mcmc(start, 20 * scale)
     return sampler.get_chain()[-1].tolist()
 
 
-def run_adaptive(folder: Path) -> Any:
+def run_adaptive(folder: Path, scale: int) -> Any:
     import adaptive
 
-    learner = adaptive.SequenceLearner(work, sequence=list(range(60)))
+    learner = adaptive.SequenceLearner(work, sequence=list(range(60 * scale)))
     adaptive.BlockingRunner(learner, goal=lambda found: found.done(), executor=ProcessPoolExecutor(WORKERS))
     return [learner.data[index] for index in sorted(learner.data)]
 
 
-def run_sklearn(folder: Path, backend: str = "loky") -> Any:
+def run_sklearn(folder: Path, scale: int, backend: str = "loky") -> Any:
     import joblib
     from sklearn.datasets import make_classification
     from sklearn.ensemble import RandomForestClassifier
@@ -132,21 +134,21 @@ def run_sklearn(folder: Path, backend: str = "loky") -> Any:
 
     features, classes = make_classification(600, random_state=1)
     with joblib.parallel_config(backend=backend, n_jobs=WORKERS):
-        return cross_val_score(RandomForestClassifier(30, random_state=2), features, classes, cv=6).tolist()
+        return cross_val_score(RandomForestClassifier(30 * scale, random_state=2), features, classes, cv=6).tolist()
 
 
-def run_asyncio(folder: Path) -> Any:
+def run_asyncio(folder: Path, scale: int) -> Any:
     async def main() -> list[float]:
         loop = asyncio.get_running_loop()
         with ProcessPoolExecutor(WORKERS) as pool:
-            return await asyncio.gather(*(loop.run_in_executor(pool, partial(work, n)) for n in range(60)))
+            return await asyncio.gather(*(loop.run_in_executor(pool, partial(work, n)) for n in range(60 * scale)))
 
     return asyncio.run(main())
 
 
-def run_stock(folder: Path) -> Any:
+def run_stock(folder: Path, scale: int) -> Any:
     with ProcessPoolExecutor(WORKERS) as pool:
-        return list(pool.map(work, range(60), chunksize=5)), [pool.submit(work, n).result() for n in range(10)]
+        return list(pool.map(work, range(60 * scale), chunksize=5)), [pool.submit(work, n).result() for n in range(10)]
 
 
 PROGRAMS = {
@@ -167,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=PROGRAMS)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--scale", type=int, default=1, help="so many times the work")
     parser.add_argument(
         "--ours", action="store_true", help="what joblib is told, for it asks for no pool of the stdlib's"
     )
@@ -177,7 +180,7 @@ def main() -> None:
 
         safepool.register_joblib()
         program = partial(program, backend="safepool")
-    print(json.dumps(program(options.folder)))
+    print(json.dumps(program(options.folder, options.scale)))
 
 
 if __name__ == "__main__":
