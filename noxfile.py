@@ -33,7 +33,7 @@ def slow(session: nox.Session) -> None:
 
 @nox.session(python="3.12")
 def client(session: nox.Session) -> None:
-    """The real client: a negmas and scml tournament in an environment of its own."""
+    """Real programs in environments of their own: negmas and scml tournaments, old and new, and ten others."""
     session.install(".[test]")
     # Each of its tests takes minutes: no stack dumps on the way.
     session.run("pytest", "-m", "client", "-o", "faulthandler_timeout=0", "tests/clients", *session.posargs)

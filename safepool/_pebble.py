@@ -105,7 +105,9 @@ class _ProcessPool(pebble.ProcessPool):  # type: ignore[misc]
         timeout: float | None = None,
     ) -> ProcessFuture:
         self._check_pool_status()
-        target = self._executor.options(timeout=timeout) if timeout else self._executor
+        policy_s = self._executor._options.timeout
+        is_shorter = timeout and (policy_s is None or timeout < policy_s)
+        target = self._executor.options(timeout=timeout) if is_shorter else self._executor
         future: Any = target.submit(function, *args, **(kwargs or {}))
         self._futures.add(future)
         return future  # type: ignore[no-any-return]

@@ -1,10 +1,10 @@
 """A real program's law: the tournament that freezes on the standard pool finishes on ours, score for score.
 
-The program is negmas 0.11.3 with scml 0.7.7, in an environment of its own that is made here (a minute or
-two; it needs a package index).  Environment variables:
+The programs are negmas 0.11.3 with scml 0.7.7, and negmas 0.16.0 with scml 0.8.4, which runs on Pebble's pool; each in
+an environment of its own that is made here (a minute or two; it needs a package index).  Environment variables:
 
 * ``SAFEPOOL_CLIENT_PYTHON``: the Python 3.12 to make it with; else pyenv's, else ``python3.12`` on the PATH;
-* ``SAFEPOOL_CLIENT_ENV``: the Python of an environment that has negmas and scml already; none is made.
+* ``SAFEPOOL_CLIENT_ENV``, ``SAFEPOOL_NEW_CLIENT_ENV``: the Python of an environment that has them already.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ pytestmark = [pytest.mark.client, pytest.mark.timeout(1500)]
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
 SCRIPT = HERE / "tournament.py"
-CONSTRAINTS = HERE / "constraints-negmas.txt"
-CLIENT = ("negmas==0.11.3", "scml==0.7.7")
+OLD = "SAFEPOOL_CLIENT_ENV"
+NEW = "SAFEPOOL_NEW_CLIENT_ENV"
+CLIENTS = {
+    OLD: ("constraints-negmas.txt", "negmas==0.11.3", "scml==0.7.7"),
+    NEW: ("constraints-negmas-new.txt", "negmas==0.16.0", "scml==0.8.4"),
+}
 MARK = "SAFEPOOL_CLIENT_RUN"  # every process of a run inherits it, in whatever session or group it is
 WORLDS, WORKERS, RECYCLE = 30, 8, 2
 THEIRS = runpy.run_path(str(SCRIPT))
@@ -49,21 +53,41 @@ TOLD = 3000  # characters of output in a message
 
 
 @pytest.fixture(scope="module")
-def client_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The Python of an environment with negmas, scml and what safepool needs."""
-    if (prepared := os.environ.get("SAFEPOOL_CLIENT_ENV")) is not None:
+def environments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Filled as they are needed."""
+    return {}
+
+
+@pytest.fixture
+def client_python(environments: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The Python of an environment with the old negmas and scml, and what safepool needs."""
+    return _environment(OLD, environments, tmp_path_factory)
+
+
+@pytest.fixture(params=[OLD, NEW], ids=["old", "new"])
+def either_python(
+    request: pytest.FixtureRequest, environments: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """The same, or with the new ones."""
+    return _environment(request.param, environments, tmp_path_factory)
+
+
+def _environment(which: str, made: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    if (prepared := os.environ.get(which)) is not None:
         if not shutil.which(prepared):
-            pytest.fail(f"SAFEPOOL_CLIENT_ENV must be the Python of an environment; {prepared!r} is no program")
+            pytest.fail(f"{which} must be the Python of an environment; {prepared!r} is no program")
         return prepared
-    base = _python_3_12()
-    if base is None:
-        pytest.skip("no Python 3.12 found for negmas 0.11.3; name one in SAFEPOOL_CLIENT_PYTHON")
-    folder = tmp_path_factory.mktemp("client") / "venv"
-    _succeed([base, "-m", "venv", str(folder)], VENV_S)
-    python = str(folder / "bin" / "python")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _succeed([*pip, "--constraint", str(CONSTRAINTS), *CLIENT, str(PROJECT)], INSTALL_S)
-    return python
+    if which not in made:
+        base = _python_3_12()
+        if base is None:
+            pytest.skip("no Python 3.12 found for negmas; name one in SAFEPOOL_CLIENT_PYTHON")
+        folder = tmp_path_factory.mktemp("client") / "venv"
+        _succeed([base, "-m", "venv", str(folder)], VENV_S)
+        made[which] = str(folder / "bin" / "python")
+        pip = [made[which], "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        constraints, *wanted = CLIENTS[which]
+        _succeed([*pip, "--constraint", str(HERE / constraints), *wanted, str(PROJECT)], INSTALL_S)
+    return made[which]
 
 
 def _python_3_12() -> str | None:
@@ -102,15 +126,15 @@ class Played(NamedTuple):
     left: list[str]
 
 
-def play(python: str, folder: Path, pool: str) -> Played:
+def play(python: str, folder: Path, pool: str, *more: str) -> Played:
     """Run ``tournament.py``.  Never waits for more than its limits, and leaves no process behind."""
     out, log, mark = folder / f"{pool}.json", folder / f"{pool}.log", uuid.uuid4().hex
     command = [python, str(SCRIPT), "--pool", pool, "--out", str(out)]
     command += ["--worlds", str(WORLDS), "--workers", str(WORKERS), "--recycle", str(RECYCLE)]
-    command += ["--give-up", str(GIVE_UP_S)]
+    command += ["--give-up", str(GIVE_UP_S), *more]
     environ = {**os.environ, MARK: mark, "PYTHONHASHSEED": "0"}
     environ.pop("PYTHONPATH", None)
-    if "SAFEPOOL_CLIENT_ENV" in environ:
+    if OLD in environ or NEW in environ:
         environ["PYTHONPATH"] = str(PROJECT)  # a prepared environment may have no safepool, or an old one
     try:
         # To a file: a pipe would be held open by whatever the run leaves behind.
@@ -184,6 +208,40 @@ def test_with_our_pool_all_worlds_are_played_and_the_scores_are_those_of_a_seria
     totals = [dict(report["totals"]) for report in (ours.report, serial.report)]
     assert totals[0] == pytest.approx(totals[1], rel=1e-12)
     assert (serial.left, ours.left) == ([], []), "no process outlives its run"
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The score tables of serial runs, by environment: each is played once."""
+    return {}
+
+
+FEW = ("--worlds", "12", "--workers", "2")
+
+
+@pytest.mark.parametrize("fault", THEIRS["FAULTS"])
+def test_under_a_fault_every_other_world_is_as_if_nothing_had_happened(
+    either_python: str, serial: dict[str, Any], tmp_path: Path, fault: str
+) -> None:
+    """Each world is done or failed by name; the scores of those that are done are the serial run's; nothing is left."""
+    if either_python not in serial:
+        alone = play(either_python, tmp_path, "serial", *FEW)
+        assert alone.report is not None, alone.output
+        serial[either_python] = alone.report["scores"]
+    ours = play(either_python, tmp_path, "safepool", *FEW, "--fault", fault)
+    assert ours.report is not None, ours.output
+    told = json.loads((tmp_path / "safepool.summary").read_text())
+    there = {world for world, _, _ in ours.report["scores"]}
+    missing = set(range(12)) - there
+    assert ours.exitcode == 1
+    assert ours.report["scores"] == [row for row in serial[either_python] if row[0] in there]
+    assert len(missing) == told["failed"] == len(told["failures"]) == (2 if fault == "kill all" else 1)
+    assert told["done"] == 12 - len(missing)
+    if fault not in ("kill one", "kill all"):
+        assert missing == {THEIRS["BAD_WORLD"]}
+        words = {"exit": "EXIT(0)", "stuck": "longer than its timeout", "print": "longer than its timeout"}
+        assert words[fault] in told["failures"][0]["why"]
+    assert ours.left == [], "no process outlives its run"
 
 
 def test_with_the_standard_pool_the_same_tournament_hangs_and_the_script_says_so(

@@ -2,9 +2,11 @@
 
     python tournament.py --pool safepool --worlds 30 --workers 8 --recycle 2 --out scores.json
 
-Runs in an environment with negmas 0.11.3 and scml 0.7.7 (``constraints-negmas.txt``), and for ``--pool
-safepool`` with safepool.  Exit codes: 0, all worlds are done; 1, some failed; 75, nothing moved for
-``--give-up`` seconds (``Done= Running= Pending=`` is printed, the workers are killed).
+Runs in an environment with negmas 0.11.3 and scml 0.7.7 (``constraints-negmas.txt``), or with negmas 0.16.0 and scml
+0.8.4 (``constraints-negmas-new.txt``), and for ``--pool safepool`` with safepool.  ``--fault`` has something go wrong:
+workers are killed after the first world, or an agent of world ``BAD_WORLD`` misbehaves.  Exit codes: 0, all worlds are
+done; 1, some failed; 75, nothing moved for ``--give-up`` seconds (``Done= Running= Pending=`` is printed, the workers
+are killed).
 
 The score table depends on the arguments only: every world is seeded with its own number.
 """
@@ -30,6 +32,11 @@ from typing import Any, NoReturn
 
 AsCompleted = Callable[..., Iterator[Future[Any]]]
 
+FAULTS = ("kill one", "kill all", "exit", "stuck", "print")
+FAULT = "TOURNAMENT_FAULT"  # tells workers which
+BAD_WORLD = 3
+WORLD_S = 20.0  # for one world, which takes a second: then it is stuck
+PRINTED = 40_000  # bytes per step
 GAVE_UP = 75
 GIVE_UP_S = 120.0
 LOOK_S = 0.25
@@ -51,12 +58,15 @@ def main() -> int:
         if options.pool == "safepool":
             import safepool
 
-            # Before negmas is imported: parts of it take the names out of concurrent.futures then.
-            stack.enter_context(safepool.patch())
+            limit_s = WORLD_S if options.fault in ("stuck", "print") else None
+            summary = options.out.with_suffix(".summary")
+            stack.enter_context(safepool.patch(timeout=limit_s, summary=summary))
         stack.callback(setattr, concurrent.futures, "as_completed", concurrent.futures.as_completed)
         watched = watch.as_completed(concurrent.futures.as_completed)
         concurrent.futures.as_completed = watched  # type: ignore[assignment]
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tournament-", dir=options.out.parent))
+        if options.fault is not None:
+            prepare(options.fault, watch)
         results = play(options, folder, watch)
     report = {
         "pool": options.pool,
@@ -80,6 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--recycle", type=int, default=2, help="worlds per worker process (MAX_TASKS_PER_CHILD)")
     parser.add_argument("--out", type=Path, required=True, help="file for the score table (JSON)")
+    parser.add_argument("--fault", choices=FAULTS)
     parser.add_argument("--give-up", type=float, default=GIVE_UP_S, metavar="SECONDS", help="when nothing moves")
     options = parser.parse_args()
     if options.worlds < PLAYERS or options.worlds % PLAYERS:
@@ -154,7 +165,11 @@ def seeded_world(**kwargs: Any) -> Any:
     Mechanism.time = property(lambda mechanism: 0.0)
     random.seed(number)
     numpy.random.seed(number)
-    return anac2024_oneshot_world_generator(**kwargs)
+    world = anac2024_oneshot_world_generator(**kwargs)
+    misbehave = MISBEHAVIOURS.get(os.environ.get(FAULT, ""))
+    if misbehave is not None and number == BAD_WORLD:
+        next(iter(world.agents.values())).step = misbehave
+    return world
 
 
 def world_number(name: str) -> int:
@@ -166,6 +181,50 @@ def table(scores: Any) -> list[tuple[int, str, float]]:
     """Rows of (world, agent, score).  The floats are exact: JSON writes them so that they read back the same."""
     rows = zip(scores["world"], scores["agent_type"], scores["score"], strict=True)
     return sorted((world_number(world), agent, score) for world, agent, score in rows)
+
+
+# --------------------------------------------------------------------- the faults
+
+
+def leave() -> None:
+    os._exit(0)
+
+
+def never_return() -> None:
+    while True:
+        pass
+
+
+def print_too_much() -> None:
+    print("x" * PRINTED, flush=True)
+
+
+MISBEHAVIOURS = {"exit": leave, "stuck": never_return, "print": print_too_much}
+
+
+def prepare(fault: str, watch: Watch) -> None:
+    os.environ[FAULT] = fault
+    if fault == "print":
+        # Workers print into a pipe that nobody reads; what this process says goes where it went.
+        said = os.dup(1)
+        read, write = os.pipe()
+        os.set_inheritable(read, False)
+        os.dup2(write, 1)
+        sys.stdout = open(said, "w", buffering=1)  # noqa: SIM115
+    elif fault in ("kill one", "kill all"):
+        threading.Thread(target=kill_workers, args=(watch, fault == "kill all"), daemon=True).start()
+
+
+def kill_workers(watch: Watch, all_of_them: bool) -> None:
+    """When the first world has ended: those that work, and not what starts them."""
+    import psutil
+
+    while not watch.ended:
+        time.sleep(0.01)
+    names = ("safepool-worker",)
+    workers = [one for one in psutil.Process().children(recursive=True) if one.name() in names]
+    for worker in workers if all_of_them else workers[:1]:
+        worker.kill()
 
 
 # ---------------------------------------------------------------------- the watch
@@ -181,7 +240,7 @@ class Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self._give_up_s = give_up_s
         self._futures: list[Future[Any]] = []
-        self._ended = 0
+        self.ended = 0
         self.kinds: set[str] = set()  # of the futures that were awaited: whose pool it really was
 
     def as_completed(self, inner: AsCompleted) -> AsCompleted:
@@ -196,7 +255,7 @@ class Watch(threading.Thread):
 
     def world_ended(self, result: Any, index: int, of: int) -> None:
         """negmas calls this in the main process; all there is to see of a serial run."""
-        self._ended += 1
+        self.ended += 1
 
     def counts(self) -> tuple[int, int, int]:
         """How many worlds are (done, running, pending), as their futures have it."""
@@ -209,7 +268,7 @@ class Watch(threading.Thread):
         moved_at = time.monotonic()
         while True:
             time.sleep(LOOK_S)
-            now = (self.counts(), self._ended)
+            now = (self.counts(), self.ended)
             if now != before:
                 before, moved_at = now, time.monotonic()
             elif time.monotonic() - moved_at >= self._give_up_s:
@@ -223,7 +282,7 @@ class Watch(threading.Thread):
             faulthandler.dump_traceback()
             print(
                 f"\nNothing moved for {self._give_up_s:g} s: Done={done} Running={running} Pending={pending}; "
-                f"{self._ended} worlds were reported",
+                f"{self.ended} worlds were reported",
                 flush=True,
             )
             end_children()

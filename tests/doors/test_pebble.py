@@ -79,6 +79,17 @@ def test_a_timeout_counts_from_the_start_and_kills(make_pool: Any) -> None:
     assert queued.result(LIMIT_S) == "done"
 
 
+def test_of_two_limits_the_shorter_counts() -> None:
+    """That of the policy, and that of the program."""
+    for policy, own in ((0.4, 600), (600, 0.4)):
+        with safepool.patch(summary=False, timeout=policy):
+            pool = pebble.ProcessPool(1)
+            with pool:
+                error = pool.schedule(tasks.nap, args=(tasks.LIMIT_S,), timeout=own).exception(LIMIT_S)
+            assert isinstance(error, safepool.TaskTimeout)
+            assert error.seconds == 0.4
+
+
 def test_cancelling_kills_what_runs(make_pool: Any) -> None:
     """At once for whoever asks; and the seat is free for the next one."""
     pool = make_pool(1)
