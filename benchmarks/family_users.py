@@ -26,6 +26,7 @@ ENTERED = "FAMILY_ENTERED"
 LIMIT_S = 20.0
 LIFE_S = 60.0  # of a user's process that nobody ends
 LOOK_S = 0.002
+SPARE_S, SETTLED_S = 1.0, 0.02  # for a worker to be forked in advance, and for its keeper to know it
 MS_BIND, MS_REC, MS_PRIVATE, CLONE_NEWNS = 0x1000, 0x4000, 0x40000, 0x20000
 
 
@@ -236,8 +237,14 @@ def census() -> dict[str, int]:
     """How much there is of everything that could leak."""
     import psutil
 
-    family = psutil.Process().children(recursive=True)
-    spare = sum(_name_of(process) == "safepool-spare" for process in family)
+    end = monotonic() + SPARE_S
+    while True:
+        family = psutil.Process().children(recursive=True)
+        spare = sum(_name_of(process) == "safepool-spare" for process in family)
+        if spare or keeper_pid() is None or monotonic() > end:
+            break
+        sleep(LOOK_S)
+    sleep(SETTLED_S)  # the keeper has heard of it, and holds its channel
     found = {
         "processes": len(family) - spare,
         "forked in advance": max(1, spare),  # the next one may be on its way

@@ -92,6 +92,15 @@ def be_adopted(keeper: int) -> None:
         pass
 
 
+def rehearse() -> None:
+    """Do for nothing, while nobody waits, what a worker does first: the memory that this touches is copied now."""
+    marshal.loads(marshal.dumps({"fds": ("channel",), "setup": b"", "path": sys.path}))
+    for fd, like in ((1, sys.stdout), (2, sys.stderr)):
+        _stream(fd, like).detach()
+    open(0, closefd=False).detach()
+    _worker.rehearse()
+
+
 def belong(family: int | None) -> None:
     """Be a worker."""
     linux.be_called(b"safepool-worker")

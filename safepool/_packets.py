@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 else:
     import _signal
 
+#: How a zygote is asked for a spare: at once, or when the last one has become a worker; and that now it is urgent.
+NOW, SOON, HURRY = b"!", b"+", b"h"
 MOST_BYTES = 1 << 17
 MOST_FDS = 64
 #: The last of what a worker is told of its family, if it has not ended in time.

@@ -92,6 +92,17 @@ def complete(*, by_value: bool = False, until: Callable[[], bool] = bool) -> Non
 _is_complete = False
 
 
+def rehearse() -> None:
+    """See ``_newborn.rehearse``: a setup is read, and a frame is sent and read."""
+    _unpack.loads(_unpack.dumps_plain((dict(os.environ), ())))
+    ends = _socket.socketpair()
+    here, there = (_Link(end, None, None) for end in ends)
+    here.send(Frame(_wire.READY, os.getpid()))
+    there.next_frame()
+    for end in ends:
+        end.close()
+
+
 def _own_signals() -> None:
     # Ctrl-C reaches the whole foreground group, but stopping is the parent's decision.  A handler
     # and not SIG_IGN: ignoring would be inherited by every program that a task starts.

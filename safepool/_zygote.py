@@ -1,9 +1,9 @@
-"""Forks workers from a loaded, single-threaded state, one in advance; what is forked is a child of the keeper.
+"""Forks spares from a loaded, single-threaded state, one when it starts and one whenever it is asked to.
 
-The one in advance says ``("spare", pid)``, and waits; a launch, ``(family, body)`` with descriptors, makes it a
-worker, and it says ``("forked", pid)``.  ``("failed", why)``: there is none.  A zygote with a ``preload`` says
-``("loaded", "")`` first, or ``("unfit", why)`` if it cannot be forked safely: the import started a thread or a process,
-opened a descriptor, or raised.
+A spare is a child of the keeper.  It says ``("spare", pid)`` with a channel of its own, and waits there for a launch,
+``(family, body)`` with descriptors, which makes it a worker.  ``("failed", why)``: there is none.  A zygote with a
+``preload`` says ``("loaded", "")`` first, or ``("unfit", why)`` if it cannot be forked safely: the import started a
+thread or a process, opened a descriptor, or raised.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib import import_module
 
 from . import _newborn, _worker
 from ._os import linux
-from ._packets import receive
+from ._packets import HURRY, SOON, receive, send
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from ._packets import Preload
 
-BEGUN = b"!"
 QUIET_S = 0.01  # a worker that starts does not share its processor with what only later ones need
 
 
@@ -40,34 +39,23 @@ def serve(channel: _socket.socket, preload: Preload, keeper: int) -> None:
             return
     gc.freeze()
     is_complete = preload is not None
-    while _serve_once(channel, keeper):
-        select.select([channel], [], [], QUIET_S)
+    while True:
+        if not _fork_in_advance(channel, keeper):
+            _say(channel, "failed", "the system refused to fork")
+        asked = HURRY
+        while asked == HURRY:
+            asked = channel.recv(1)
+        if not asked:
+            return
+        if asked == SOON:
+            select.select([channel], [], [], QUIET_S)  # or until it is urgent
         if not is_complete:
             is_complete = True
             _worker.complete(by_value=True)
             gc.freeze()
 
 
-def _serve_once(channel: _socket.socket, keeper: int) -> bool:
-    """Fork one in advance, and wait until it has become a worker, or has died.  False: there are no more launches."""
-    read, write = os.pipe()
-    try:
-        is_there = _fork_in_advance(channel, write, keeper)
-        if not is_there:
-            select.select([channel], [], [])  # until there is a launch for it, or no more
-            is_there = not _is_closed(channel) and _fork_in_advance(channel, write, keeper)
-        os.close(write)
-        if not is_there:
-            return _refuse(channel)
-        if os.read(read, 1) == BEGUN:
-            return True
-        select.select([channel], [], [])  # it was killed: the next one is forked when there is a launch for it
-        return not _is_closed(channel)
-    finally:
-        os.close(read)
-
-
-def _fork_in_advance(channel: _socket.socket, write: int, keeper: int) -> bool:
+def _fork_in_advance(channel: _socket.socket, keeper: int) -> bool:
     """By a child that ends at once, so that the keeper, which adopts orphans, becomes its parent."""
     try:
         between = os.fork()
@@ -78,52 +66,37 @@ def _fork_in_advance(channel: _socket.socket, write: int, keeper: int) -> bool:
     code = 1
     try:
         if os.fork() == 0:
-            _wait_and_live(channel, write, keeper)
+            _wait_and_live(channel, keeper)
         code = 0
     finally:
         os._exit(code)
 
 
-def _wait_and_live(channel: _socket.socket, write: int, keeper: int) -> NoReturn:
+def _wait_and_live(channel: _socket.socket, keeper: int) -> NoReturn:
     try:
         linux.be_called(b"safepool-spare")
         _newborn.be_adopted(keeper)
-        _say(channel, "spare", os.getpid())
-        data, fds = receive(channel)
+        theirs, ours = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+        is_wanted = send(channel, ("spare", os.getpid()), [theirs.fileno()])
+        theirs.close()
+        channel.close()
+        if is_wanted and not select.select([ours], [], [], 0)[0]:
+            _newborn.rehearse()
+        data, fds = receive(ours) if is_wanted else (b"", [])
         if data:
-            os.write(write, BEGUN)
             family, body = marshal.loads(data)
             _newborn.belong(family)
-            _say(channel, "forked", os.getpid())
             _newborn.live(body, fds)
     except OSError:
-        pass  # the keeper has ended, or does not want it any more
+        pass  # the keeper has ended
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(0)
 
 
-def _refuse(channel: _socket.socket) -> bool:
-    data, fds = receive(channel)
-    for fd in fds:
-        os.close(fd)
-    if data:
-        _say(channel, "failed", "the system refused to fork")
-    return bool(data)
-
-
 def _say(channel: _socket.socket, word: str, what: Any) -> None:
     channel.send(marshal.dumps((word, what)))
-
-
-def _is_closed(channel: _socket.socket) -> bool:
-    try:
-        return not channel.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True
 
 
 def _load(path: list[str], environ: dict[str, str], names: tuple[str, ...]) -> str:
