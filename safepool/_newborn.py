@@ -98,6 +98,8 @@ def rehearse() -> None:
     for fd, like in ((1, sys.stdout), (2, sys.stderr)):
         _stream(fd, like).detach()
     open(0, closefd=False).detach()
+    if "multiprocessing.process" in sys.modules:
+        sys.modules["multiprocessing.process"].BaseProcess()
     _worker.rehearse()
 
 

@@ -87,6 +87,7 @@ RUN_VALUES = {
     "--stall-timeout": "seconds without progress after which what runs in a pool is stopped",
     "--retry": "how often a failed task is tried again",
     "--start-method": "fork, spawn or forkserver, whatever the program asks for",
+    "--preload": "modules, separated by commas, that are imported once, before workers are forked",
     "--leftovers": "kill (default), report or leave what tasks leave behind",
     "--time-limit": "seconds for the whole program; then SIGTERM, and SIGKILL after the grace; exit status 124",
     "--grace": "seconds from SIGTERM to SIGKILL (default: 2)",
@@ -116,6 +117,8 @@ def _run_program(chosen: argparse.Namespace) -> int:
 
     names = ("timeout", "deadline", "stall_timeout", "retry", "start_method", "leftovers")
     policy = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
+    if chosen.preload is not None:
+        policy["preload"] = chosen.preload.split(",")
     try:
         running.check(policy, chosen.time_limit, chosen.grace)
     except (TypeError, ValueError) as error:

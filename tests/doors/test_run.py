@@ -255,6 +255,21 @@ with ProcessPool(2) as pool:
         assert "safepool: 1 tasks done, 1 failed" in done.stderr
 
 
+def test_workers_are_forked_with_what_is_preloaded(program: Program) -> None:
+    """Workers that are replaced again and again do not import the same again and again."""
+    text = """
+from concurrent.futures import ProcessPoolExecutor
+def loaded():
+    import sys
+    return [name in sys.modules for name in ("wave", "colorsys", "this")]
+with ProcessPoolExecutor(1) as pool:
+    print(pool.submit(loaded).result())
+"""
+    script = program.script(text)
+    assert program.run(script).stdout == "[False, False, False]\n"
+    assert program.run("--preload", "wave,colorsys", script).stdout == "[True, True, False]\n"
+
+
 def test_a_program_that_uses_safepool_itself_is_hardened_too(program: Program) -> None:
     """Loading safepool loads what we wait for: then it is patched at the next import."""
     text = """
