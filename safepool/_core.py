@@ -89,6 +89,10 @@ class Core:
         self._assign()
         self._man_the_seats()
         self._level()
+        if self._policy.stall_timeout is not None and self._tasks and not self._stall_is_watched:
+            self._stall_is_watched = True
+            self._moved_at = self._now
+            self._at(self._now + self._policy.stall_timeout, _always, self._look_for_stall, self._policy.stall_timeout)
         if self._state is not P.OPEN and not self._tasks:
             self._wind_up()
         return self._out
@@ -325,10 +329,6 @@ class Core:
             self._pursue(task)
         elif task.new.timeout is not None:
             self._at(self._now + task.new.timeout, self._is_attempt, self._limit_reached, number, task.attempt)
-        stall_s = self._policy.stall_timeout
-        if stall_s is not None and not self._stall_is_watched:
-            self._stall_is_watched = True
-            self._at(self._now + stall_s, _always, self._look_for_stall, stall_s)
 
     def _is_attempt(self, number: int, attempt: int) -> bool:
         task = self._tasks.get(number)
@@ -339,15 +339,19 @@ class Core:
         self._withdraw(task, Failure("timeout", task.worker, seconds=task.new.timeout or 0.0), even_running=True)
 
     def _look_for_stall(self, stall_s: float) -> None:
-        """What runs is stopped when nothing has moved for so long: what waits may do better."""
-        running = [task for task in self._tasks.values() if task.state is T.RUNNING]
-        self._stall_is_watched = bool(running)
-        if not running:
+        """What runs is stopped when nothing has moved for so long, and what starts: what waits may do better."""
+        self._stall_is_watched = bool(self._tasks)
+        if not self._tasks:
             return
         if self._now >= self._moved_at + stall_s:
             self._moved_at = self._now
-            for task in running:
-                self._withdraw(task, Failure("timeout", task.worker, seconds=stall_s, reason=STALL), even_running=True)
+            for task in tuple(self._tasks.values()):
+                if task.state is T.RUNNING:
+                    why = Failure("timeout", task.worker, seconds=stall_s, reason=STALL)
+                    self._withdraw(task, why, even_running=True)
+            for worker in tuple(self._workers.values()) if self._queued else ():
+                if worker.state is W.STARTING and worker.booted:
+                    self._kill(worker, ours=False)  # its initializer is stuck
         self._at(self._moved_at + stall_s, _always, self._look_for_stall, stall_s)
 
     def _doom(self, task: Task, worker: Worker) -> None:
@@ -494,6 +498,7 @@ class Core:
         worker.sent.clear()
         self._bury(worker)
         if first is not None and begun:
+            self._moved_at = self._now
             doomed = first.state is T.DOOMED and first.failure is not None
             death = Failure("death", worker.number, event.exitcode, reason=worker.lost, peak_bytes=event.peak_bytes)
             why = first.failure if doomed else death

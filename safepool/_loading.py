@@ -10,24 +10,29 @@ if TYPE_CHECKING:
     from typing import Any
 
 _acts: dict[str, Callable[[Any], None]] = {}
+_asked: set[str] = set()  # their specs are just being found
 
 
 class _Watch:
     """A finder that lets the others find, and has ``_acts`` carried out."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        act = _acts.pop(name, None)
-        if act is None:
+        _act_on_what_is_loaded()
+        if name not in _acts or name in _asked:
             return None
         from importlib.util import find_spec
 
-        spec = find_spec(name)
+        _asked.add(name)
+        try:
+            spec = find_spec(name)
+        finally:
+            _asked.discard(name)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_act(module: Any) -> None:
                 load(module)
-                act(module)
+                _act(name, module)
 
             spec.loader.exec_module = load_and_act  # type: ignore[method-assign]
         return spec
@@ -36,10 +41,29 @@ class _Watch:
 _watch = _Watch()
 
 
+def _act(name: str, module: Any) -> None:
+    act = _acts.pop(name, None)  # not before: somebody may only have asked where the module is
+    if act is not None:
+        act(module)
+
+
+def _act_on_what_is_loaded() -> None:
+    """Another thread was loading it when somebody wished to act."""
+    for name in tuple(_acts):
+        module = sys.modules.get(name)
+        if module is not None and not _is_half_loaded(module):
+            _act(name, module)
+
+
+def _is_half_loaded(module: Any) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
 def once_loaded(name: str, act: Callable[[Any], None]) -> None:
-    """``act(module)``: now, if it is loaded.  While it acts, the package that it is in does not know it yet."""
-    if name in sys.modules:
-        act(sys.modules[name])
+    """``act(module)``: now, if it is loaded.  While it acts, the package that it is in may not know it yet."""
+    module = sys.modules.get(name)
+    if module is not None and not _is_half_loaded(module):
+        act(module)
         return
     _acts[name] = act
     if _watch not in sys.meta_path:

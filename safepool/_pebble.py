@@ -14,15 +14,37 @@ from typing import Any
 from weakref import WeakSet
 
 import pebble
+from pebble.common import Result, ResultStatus
+from pebble.common import process as theirs
+from pebble.pool.base_pool import map_results
 
 from ._link import Answer
-from .errors import WorkerDied
+from ._log import WARNING, tell
+from .errors import TaskTimeout, WorkerDied
 from .executor import SafePoolExecutor
 from .future import SafeFuture
+
+USED_UP_S = 0.001  # what a limit that is over before it begins amounts to
 
 
 class ProcessExpired(WorkerDied, pebble.ProcessExpired):  # type: ignore[misc]
     """The worker that ran this task ended before it answered: ``WorkerDied``, and what Pebble's users catch."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.args,), self.__dict__
+
+
+def _rebuild(args: tuple[Any, ...]) -> ProcessExpired:
+    made: ProcessExpired = OSError.__new__(ProcessExpired, *args)  # it is that, whatever comes first in its bases
+    made.args = args
+    return made
+
+
+class TaskTimedOut(TaskTimeout):
+    """``TaskTimeout``; its second argument is the limit in seconds, as Pebble has it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ProcessFuture(SafeFuture, pebble.ProcessFuture):  # type: ignore[misc]
@@ -41,9 +63,12 @@ class ProcessFuture(SafeFuture, pebble.ProcessFuture):  # type: ignore[misc]
         return True
 
     def failed(self, error: BaseException) -> None:
+        facts = vars(error)
         if isinstance(error, WorkerDied):
-            facts = vars(error)
             error = ProcessExpired(str(error), **facts)
+        elif isinstance(error, TaskTimeout):
+            error = TaskTimedOut(str(error), **facts)
+            error.args = (*error.args, error.seconds)
         super().failed(error)
 
     def _unpickle(self, answer: Answer) -> tuple[Any, BaseException | None]:
@@ -70,8 +95,20 @@ def class_with(executor: type[SafePoolExecutor]) -> type[pebble.ProcessPool]:
     return ProcessPool
 
 
+def _without_trampoline(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
+    """``@concurrent.process(pool=...)`` sends a name, for workers to look up in a script that ours do not have."""
+    if function is getattr(theirs, "_trampoline", None):
+        return theirs._registered_functions.get(args[0], function), args[2:]
+    return function, args
+
+
+def _one(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+    """A chunk of one: what it raises is its future's error, and not told within a result."""
+    return [Result(ResultStatus.SUCCESS, function(*args))]
+
+
 class _ProcessPool(pebble.ProcessPool):  # type: ignore[misc]
-    """``submit``, ``map`` and ``__exit__`` are Pebble's own, which are made of what is here."""
+    """``submit`` and ``__exit__`` are Pebble's own, which are made of what is here."""
 
     _make: type[SafePoolExecutor]
 
@@ -83,14 +120,16 @@ class _ProcessPool(pebble.ProcessPool):  # type: ignore[misc]
         initargs: Iterable[Any] = (),
         context: Any = multiprocessing,
     ) -> None:
-        is_default = context is multiprocessing or context is multiprocessing.get_context()
+        is_default = context is multiprocessing
         if max_tasks and not is_default and context.get_start_method(allow_none=False) == "fork":
-            is_default = True  # worker after worker cannot be forked from a program that has threads
+            # Worker after worker cannot be forked from a program that has threads.
+            tell(WARNING, "safepool: workers that are replaced after max_tasks=%d are not forked", max_tasks)
+            is_default = True
         self._executor = self._make(
             max_workers,
             None if is_default else context,
             initializer,
-            tuple(initargs),
+            tuple(initargs or ()),
             max_tasks_per_child=max_tasks or None,
         )
         self._futures: WeakSet[ProcessFuture] = WeakSet()
@@ -105,12 +144,23 @@ class _ProcessPool(pebble.ProcessPool):  # type: ignore[misc]
         timeout: float | None = None,
     ) -> ProcessFuture:
         self._check_pool_status()
+        function, args = _without_trampoline(function, tuple(args))
+        timeout = max(timeout, USED_UP_S) if timeout else None
         policy_s = self._executor._options.timeout
         is_shorter = timeout and (policy_s is None or timeout < policy_s)
         target = self._executor.options(timeout=timeout) if is_shorter else self._executor
         future: Any = target.submit(function, *args, **(kwargs or {}))
         self._futures.add(future)
         return future  # type: ignore[no-any-return]
+
+    def map(
+        self, function: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+    ) -> Any:
+        if chunksize != 1:
+            return super().map(function, *iterables, timeout=timeout, chunksize=chunksize)
+        self._check_pool_status()
+        futures = [self.schedule(_one, args=(function, item), timeout=timeout) for item in zip(*iterables)]
+        return map_results(pebble.ProcessMapFuture(futures), timeout)
 
     def _check_pool_status(self) -> None:
         if self._executor._broken:

@@ -15,7 +15,7 @@ from . import _os
 
 COUNTS = ("pools", "done", "failed", "cancelled", "retried", "killed", "workers_lost")
 MOST_TOLD = 100  # failures by name
-MOST_CHARACTERS = 3500  # that surely go into a pipe that has room at all
+MOST_BYTES = 3500  # that surely go into a pipe that has room at all
 
 
 def tell(told: Mapping[str, Any], path: str | os.PathLike[str] | None) -> None:
@@ -53,13 +53,16 @@ def words_of(told: Mapping[str, Any]) -> str:
 def say(words: str) -> None:
     """On stderr, if anybody reads it: a pipe that is full must not hold the exit of a program."""
     stream = sys.stderr
+    if stream is None:
+        return
     try:
         if not _os.has_room(stream.fileno()):
             return
     except (AttributeError, OSError, ValueError):
         pass  # closed, or an object of the program's own
     try:
-        words = words if len(words) <= MOST_CHARACTERS else f"{words[:MOST_CHARACTERS]} ..."
+        if len(words.encode(errors="replace")) > MOST_BYTES:
+            words = words.encode(errors="replace")[:MOST_BYTES].decode(errors="ignore") + " ..."
         print(words, file=stream, flush=True)
     except (AttributeError, OSError, ValueError):
         pass

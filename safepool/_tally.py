@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from . import _events as e
 from ._call import Call
 from ._summary import COUNTS, MOST_TOLD
+from ._words import words_of
 from .errors import _Facts
 from .future import SafeFuture
 
 LOCK_LIMIT_S = 1.0
+MEMBERS = "\n  +-+-"  # from here on a traceback tells those of a group
 #: Why an attempt was stopped, if it was running.
 STOPPED = ("timeout", "deadline", "cancelled", "terminated")
 
@@ -52,12 +55,12 @@ class Tally:
             self._fresh.append((future, why))
 
     def _name_failures(self) -> None:
-        while self._fresh:
-            try:
-                future, why = self._fresh.pop(0)
-            except IndexError:
-                return
-            self.failures.append((str(future), why or _words_of(future._exception)))
+        for fresh in tuple(self._fresh):
+            future, why = fresh
+            if why or future.done():
+                with suppress(ValueError):  # another thread has just named it
+                    self._fresh.remove(fresh)
+                    self.failures.append((str(future), why or _words_of(future._exception)))
 
     def as_dict(self) -> dict[str, Any]:
         """What JSON takes."""
@@ -84,16 +87,21 @@ class PoolTally:
                 self._resolved(event.now, [calls[task] for task in command.tasks])  # type: ignore[union-attr]
             elif kind is e.Fail:
                 self._failed(event.now, command, calls[command.task])  # type: ignore[arg-type, union-attr]
-            elif kind is e.AskRetry:
+            elif kind is e.AskRetry and command.failure.kind != "result":  # type: ignore[union-attr]
                 self._attempt_ended(event.now, command.task, command.failure.kind)  # type: ignore[union-attr]
             elif (kind is e.Kill or kind is e.AskExit) and type(event) is not e.ChannelLost:
                 self._sent_home.add(command.worker)  # type: ignore[union-attr]
             elif kind is e.Requeue and type(event) is e.RetryAnswered:
+                self._attempt_ended(event.now, event.task, "result")
                 self._tally.add(retried=1)
         if type(event) is e.WorkerDied:
             if event.worker not in self._sent_home:
                 self._tally.add(workers_lost=1)
             self._sent_home.discard(event.worker)
+
+    def unsent(self, future: SafeFuture, error: BaseException) -> None:
+        """On the thread of whoever submitted it: the call could not be pickled."""
+        self._tally.add_failure(future, words_of(error))
 
     def _resolved(self, now: float, ended: list[Call]) -> None:
         done = 0
@@ -123,14 +131,17 @@ class PoolTally:
 
 def _words_of(error: BaseException | None) -> str:
     """The methods of an error of the user's must not be called here."""
-    return f"{type(error).__name__}: {error}" if isinstance(error, _Facts) else type(error).__name__
+    return f"{type(error).__name__}: {error}" if issubclass(type(error), _Facts) else type(error).__name__
 
 
 def _last_line(call: Call) -> str:
-    """Of the traceback that the worker sent: the error in words."""
+    """Of the traceback that the worker sent: the type and the message of the error, or its first line."""
     if call.future.attempts:
         return call.future.attempts[-1]._words
     if call.error is not None or call.answer is None:
         return ""
-    lines = call.answer.text.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it raised"
+    text = call.answer.text.decode(errors="replace").partition(MEMBERS)[0]
+    lines = [line.removeprefix("  | ") for line in text.splitlines()]
+    frames = [at for at, line in enumerate(lines) if line.startswith("  File ")]
+    after = lines[frames[-1] + 1 :] if frames else lines
+    return next((line for line in after if line[:1] not in ("", " ")), "it raised")

@@ -37,6 +37,7 @@ from .policy import PoolPolicy
 
 if TYPE_CHECKING:
     from ._packets import Left
+    from .future import SafeFuture
 
 EVENTS_KEPT = 1000
 STATUS_LIMIT_S = 1.5  # for the exit status of a dead worker to reach us, once its family is ended
@@ -54,6 +55,9 @@ class Observer(Protocol):
 
     def saw(self, event: e.Event, commands: Sequence[e.Command], calls: Mapping[int, Call]) -> None:
         """``commands``: the core's answer to ``event``, not yet carried out.  On the watchdog: must not block."""
+
+    def unsent(self, future: SafeFuture, error: BaseException) -> None:
+        """A call could not be pickled; on the thread of whoever submitted it."""
 
 
 class Launched(NamedTuple):
@@ -99,7 +103,7 @@ class Watchdog:
         self._launcher = launcher
         self._setup = setup
         self._core = Core(policy) if core is None else core
-        self._observer = observer
+        self.observer = observer
         self._pid = os.getpid()
         self._side = Side(f"{name}-callbacks")
         self._judges = Side(f"{name}-retries")
@@ -109,6 +113,7 @@ class Watchdog:
         self._mailbox: deque[Call | Launched | Callable[[], None]] = deque()
         self._awake = True
         self._closed = threading.Event()
+        self._is_mute = False
         self._own = ExitStack()  # the selector and the ends of the wake-up channel
         self._batch_done: list[threading.Event] = []  # callers to be told at the end of this round
         self._calls: dict[int, Call] = {}
@@ -260,7 +265,12 @@ class Watchdog:
             self._crashed("its thread is gone")
 
     def deliver(self, job: Callable[[], object]) -> None:
-        self._side.put(job)
+        if not self._is_mute:
+            self._side.put(job)
+
+    def mute(self) -> None:
+        """Call back nobody any more."""
+        self._is_mute = True
 
     def _tell(self, message: str, *args: object, error: BaseException | None = None, level: int = CRITICAL) -> None:
         """To the log; on a thread nobody waits for: its handlers may block, and stderr may be a pipe that is full."""
@@ -396,8 +406,8 @@ class Watchdog:
             event = self._events.popleft()
             self.event_log.append(_for_the_log(event))
             commands = self._core.handle(event)
-            if self._observer is not None:
-                self._observer.saw(event, commands, self._calls)
+            if self.observer is not None:
+                self.observer.saw(event, commands, self._calls)
             for command in commands:
                 _ACTS[type(command)](self, command)
         if self._writing:

@@ -7,6 +7,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+def exact(text: str) -> str:
+    """The same characters in a ``str`` of the interpreter's own: a subclass may do anything when it is formatted."""
+    return "".join(("", text))
+
+
 def words_of(error: BaseException) -> str:
     """Type and message of any exception, whatever its own ``__str__`` does."""
     try:
@@ -44,6 +49,6 @@ def _places_without_source(error: BaseException) -> Iterable[str]:
 
 def safe_repr(error: BaseException | None) -> str:
     try:
-        return repr(error)
+        return exact(repr(error))
     except BaseException:
         return f"{type(error).__name__} (it cannot be shown)"

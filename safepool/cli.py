@@ -120,7 +120,7 @@ def _run_program(chosen: argparse.Namespace) -> int:
     if chosen.preload is not None:
         policy["preload"] = chosen.preload.split(",")
     try:
-        running.check(policy, chosen.time_limit, chosen.grace)
+        running.check(policy, chosen.time_limit, chosen.grace, chosen.summary)
     except (TypeError, ValueError) as error:
         print(f"safepool run: {error}", file=sys.stderr)
         return WRONG

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import multiprocessing
 import operator
@@ -20,7 +21,7 @@ from ._call import Call
 from ._launch import launcher_of
 from ._payload import Held, Payload
 from ._watchdog import Watchdog
-from ._words import traceback_of
+from ._words import exact, traceback_of
 from ._worker import Setup
 from .errors import PoolBroken
 from .future import SafeFuture, blame, remote_traceback
@@ -234,6 +235,8 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             raise  # more likely the user's than the argument's
         except BaseException as error:
             _fail_unsent(future, error)
+            if watchdog.observer is not None:
+                watchdog.observer.unsent(future, error)
             payload = None
         with self._lock:
             self._check_open()
@@ -261,7 +264,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             raise PoolBroken(f"cannot schedule new futures: {reason}", reason=reason)
         if self._shutdown_thread:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        if _exiting:
+        if _exiting and self._finishes_at_exit:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -420,7 +423,7 @@ def _name_of(fn: Any) -> str:
         name = fn.__qualname__
     except Exception:  # it has none, or a __getattr__ of the user's fails
         name = None
-    return name if isinstance(name, str) and name else type(fn).__qualname__
+    return exact(name) if isinstance(name, str) and name else type(fn).__qualname__
 
 
 def _fail_unsent(future: SafeFuture, error: BaseException) -> None:
@@ -499,6 +502,8 @@ def _at_exit_end(watchdog: Watchdog, finishes: bool) -> None:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown") from None
         # A child of multiprocessing's waits for its own children, our workers, before it comes to its threads.
         util.Finalize(None, _end_all, exitpriority=FIRST_PRIORITY)
+        atexit.register(_end_the_rest)
+        util.Finalize(None, _end_the_rest, exitpriority=FIRST_PRIORITY)
         _registered_in = os.getpid()
         _old_error = _last_error()
     (_live if finishes else _live_until_exit).add(watchdog)
@@ -514,8 +519,14 @@ def _end_all() -> None:
     global _exiting
     _exiting = True
     failed = _last_error() is not _old_error and not hasattr(sys, "ps1")
-    _end(_live_until_exit, 0.0, cancel=True)
     _end(_live, EXIT_AFTER_ERROR_S if failed else None, cancel=failed)
+
+
+def _end_the_rest() -> None:
+    """Those whose work is not finished, when all threads of the program have ended: nobody is told any more."""
+    for watchdog in tuple(_live_until_exit):
+        watchdog.mute()
+    _end(_live_until_exit, 0.0, cancel=True)
 
 
 def _end(live: weakref.WeakSet[Watchdog], limit_s: float | None, *, cancel: bool) -> None:

@@ -17,6 +17,7 @@ from concurrent.futures._base import (
     RUNNING,
 )
 from concurrent.futures.process import _RemoteTraceback
+from contextlib import suppress
 from time import monotonic
 
 from . import _unpack
@@ -123,15 +124,30 @@ class SafeFuture(Future["Any"]):
         return self._exception
 
     def __await__(self) -> Generator[Any, None, Any]:
-        """``await pool.submit(...)``, under asyncio.  If whoever awaits it is cancelled, the task is killed."""
-        from asyncio import CancelledError as Cancelled
-        from asyncio import wrap_future
+        """``await pool.submit(...)``, under asyncio.  If whoever awaits it is cancelled, the task is killed.
 
+        A task that is cancelled by others raises ``concurrent.futures.CancelledError``: nobody means the awaiting one.
+        """
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+
+        def wake() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        def tell(_: Future[Any]) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(wake)
+
+        self.add_done_callback(tell)
         try:
-            return (yield from wrap_future(self).__await__())
-        except Cancelled:
+            yield from waiter
+        except asyncio.CancelledError:
             self.kill()
             raise
+        return self.result(0)
 
     def _raise_if_cancelled(self) -> None:
         if self._state != FINISHED:
@@ -153,7 +169,7 @@ class SafeFuture(Future["Any"]):
         while not self._wait_once(end):
             if end is not None and monotonic() >= end:
                 raise Unfinished(
-                    f"{self} is not done after {timeout:g} s: it is {self._home.state_of(self._task)}",
+                    f"{self} is not done after {float(timeout or 0):g} s: it is {self._home.state_of(self._task)}",
                     unfinished=[self],
                     seconds=timeout,
                 )

@@ -7,7 +7,9 @@ may use so many threads each that together they use the processors once.  Arrays
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 from joblib import cpu_count, register_parallel_backend
 from joblib._parallel_backends import AutoBatchingMixin, FallbackToBackend, ParallelBackendBase, SequentialBackend
@@ -26,8 +28,12 @@ def register_joblib() -> None:
     register_parallel_backend(NAME, Backend)
 
 
-def _set_environment(told: dict[str, str]) -> None:
-    os.environ.update(told)
+def _begin(environ: dict[str, str], initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+    """In a worker: its threads are limited, and tasks may use the backend themselves."""
+    os.environ.update(environ)
+    register_joblib()
+    if initializer is not None:
+        initializer(*initargs)
 
 
 class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
@@ -44,14 +50,15 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
         if n_jobs == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
         self.parallel = parallel
-        asked = {"max_workers": n_jobs, "initargs": (self._prepare_worker_env(n_jobs=n_jobs),), **self.backend_kwargs}
+        asked = {"max_workers": n_jobs, "environ": self._prepare_worker_env(n_jobs=n_jobs), **self.backend_kwargs}
         kept = Backend._kept
-        if kept is not None and (kept[0] != asked or kept[1]._broken or kept[1]._watchdog.is_fork()):
-            kept[1].shutdown(wait=False)
-            kept = None
-        if kept is None:
-            kept = Backend._kept = asked, SafePoolExecutor(initializer=_set_environment, **asked)
+        if kept is None or kept[0] != asked or kept[1]._broken or kept[1]._watchdog.is_fork():
+            # (Another ``Parallel`` may still use the last one, which ends when nobody does.)
+            options = dict(asked)
+            given = options.pop("environ"), options.pop("initializer", None), tuple(options.pop("initargs", ()))
+            kept = Backend._kept = asked, SafePoolExecutor(initializer=_begin, initargs=given, **options)
         self._workers: SafePoolExecutor | None = kept[1]
+        self._futures: WeakSet[SafeFuture] = WeakSet()
         return n_jobs
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
@@ -65,6 +72,7 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
     def submit(self, func: Any, callback: Any = None) -> SafeFuture:
         assert self._workers is not None
         future = self._workers.submit(func)
+        self._futures.add(future)
         if callback is not None:
             future.add_done_callback(callback)
         return future
@@ -78,10 +86,9 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
         self.reset_batch_stats()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
-        """A task has failed: the others are of no use any more."""
-        if self._workers is not None:
-            Backend._kept = None
-            self._workers.kill_workers()
-            self._workers = None
+        """A task has failed: the others of this ``Parallel`` are of no use any more."""
+        for future in tuple(self._futures):
+            future.kill()
+        self._workers = None
         if ensure_ready:
             self.configure(n_jobs=self.parallel.n_jobs, parallel=self.parallel)

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import process
 from contextlib import suppress
 from typing import Any, Literal, Self
@@ -37,7 +37,8 @@ def patch(*, start_method: str | None = None, summary: bool | str | os.PathLike[
     that are imported later; and Pebble's ``ProcessPool``, where Pebble is installed.  Undone by ``undo()``, or at the
     end of a ``with`` block.  May be nested, and undone in any order.
 
-    * ``start_method``: that of every pool, whatever the program asks for;
+    * ``start_method``: that of every pool, whatever the program asks for (but "fork", for one that has its workers
+      replaced after so many tasks, which cannot be);
     * ``summary``: tell on stderr, when the process exits, what became of the tasks; a path: in that file too, as JSON;
       False: do not.  ``Patch.summary()`` gives it at any time;
     * ``policy``: what ``SafePoolExecutor`` takes besides what the standard library's class does: ``timeout``,
@@ -45,7 +46,7 @@ def patch(*, start_method: str | None = None, summary: bool | str | os.PathLike[
 
     The stand-ins of ``as_completed`` and ``wait`` raise only what the program itself asks for by ``timeout``: what goes
     over a limit of the policy fails as a future of its own.  Raises ``TypeError`` or ``ValueError`` for a policy that
-    no pool can have.
+    no pool can have, and ``FileNotFoundError`` if there is no directory for the summary.
     """
     made = Patch({**policy, "start_method": start_method}, summary=summary)
     made._activate()
@@ -56,6 +57,7 @@ class Patch:
     """What ``patch`` returns: ``undo()`` it, ask it for its ``summary()``, or use it as a context manager."""
 
     def __init__(self, policy: dict[str, Any], *, summary: bool | str | os.PathLike[str]) -> None:
+        _check(policy, summary)
         method = policy.pop("start_method", None)
         context = None if method is None else multiprocessing.get_context(method)
         self._tally = Tally()
@@ -76,7 +78,7 @@ class Patch:
                 _loading.once_loaded(PEBBLE, stand_in_for_pebble)
             _show([*_active, self])
         if self._summary is not False:
-            atexit.register(self._tell)
+            _to_tell.append(self)
 
     def undo(self) -> None:
         """Put back what was there.  Pools that were made under it go on.  Nothing happens the second time."""
@@ -85,6 +87,8 @@ class Patch:
                 _show([patch for patch in _active if patch is not self])
             if not _active:
                 _loading.forget(PEBBLE)
+        if not self._has_news() and self in _to_tell:
+            _to_tell.remove(self)
 
     def summary(self) -> dict[str, Any]:
         """What became of the tasks of the pools that were made under it.
@@ -123,11 +127,40 @@ class Patch:
         return os.getpid() == self._pid and bool(self._tally.counts["pools"])
 
 
+def _check(policy: dict[str, Any], summary: object) -> None:
+    for name in ("max_workers", "mp_context", "initializer", "initargs"):
+        if name in policy:
+            raise TypeError(f"{name} is for the program to say; patch(start_method=) sets how workers are started")
+    if isinstance(summary, bool):
+        return
+    if not isinstance(summary, (str, os.PathLike)):
+        raise TypeError(f"summary must be True, False or a path; got {summary!r}")
+    folder = os.path.dirname(os.path.abspath(summary))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no directory {folder!r} for the summary")
+
+
+class _StandsIn(type):
+    """Whoever asks for the type of a pool means the standard library's, or Pebble's, and has made some of theirs."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return super().__instancecheck__(instance) or _is_meant(cls, type(instance))
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return super().__subclasscheck__(subclass) or _is_meant(cls, subclass)
+
+
+def _is_meant(cls: type, kind: type) -> bool:
+    """Subclasses that a program makes of a stand-in are only what they are."""
+    return "stands_in_for" in vars(cls) and issubclass(kind, vars(cls)["stands_in_for"])
+
+
 def _class_with(policy: dict[str, Any], context: Any, tally: Tally) -> type[SafePoolExecutor]:
     """The pool under a policy.  It says that it is the standard library's class: by that name it can be pickled."""
 
-    class ProcessPoolExecutor(SafePoolExecutor):
+    class ProcessPoolExecutor(SafePoolExecutor, metaclass=_StandsIn):
         __doc__ = process.ProcessPoolExecutor.__doc__
+        stands_in_for = _originals["ProcessPoolExecutor"]
 
         def __init__(
             self,
@@ -137,10 +170,13 @@ def _class_with(policy: dict[str, Any], context: Any, tally: Tally) -> type[Safe
             initargs: tuple[Any, ...] = (),
             **more: Any,
         ) -> None:
-            if context is not None:
+            replaces = bool(more.get("max_tasks_per_child"))
+            if isinstance(initargs, Iterable):
+                initargs = tuple(initargs)
+            if context is not None and not (replaces and context.get_start_method() == "fork"):
                 mp_context = context
-            elif mp_context is None and not more.get("max_tasks_per_child"):
-                mp_context = _fork_if_need_be(Setup(initializer, tuple(initargs)))
+            elif mp_context is None and not replaces:
+                mp_context = _fork_if_need_be(Setup(initializer, initargs))
             super().__init__(max_workers, mp_context, initializer, initargs, **{**more, **policy})
 
         def _make_observer(self) -> Any:
@@ -159,19 +195,28 @@ def _fork_if_need_be(setup: Setup) -> Any:
     return default if default.get_start_method() == "fork" else None
 
 
-def _stand_in_as_completed(fs: Any, timeout: float | None = None) -> Any:
-    """``concurrent.futures.as_completed``, and like it but for the time that it takes to see that a pool is gone."""
-    return waiting.as_completed(fs, timeout)
+def _stand_in_as_completed(fs: Any, timeout: float | None = None) -> Iterator[Any]:
+    """``concurrent.futures.as_completed``, which begins with its first ``next``, too."""
+    yield from waiting.as_completed(fs, _as_seconds(timeout))
 
 
 def _stand_in_wait(fs: Any, timeout: float | None = None, return_when: str = concurrent.futures.ALL_COMPLETED) -> Any:
-    """``concurrent.futures.wait``."""
-    return waiting.wait(fs, timeout, return_when)
+    """``concurrent.futures.wait``, which looks at ``return_when`` only if it has to wait, too."""
+    fs = set(fs)
+    if all(future.done() for future in fs):
+        return_when = concurrent.futures.ALL_COMPLETED
+    return waiting.wait(fs, _as_seconds(timeout), return_when)
+
+
+def _as_seconds(timeout: Any) -> float | None:
+    """Whatever the standard library can count with."""
+    return None if timeout is None else max(0.0, float(timeout))
 
 
 # ------------------------------------------------------- who holds what, and where
 
 _active: list[Patch] = []
+_to_tell: list[Patch] = []  # at the exit
 _originals: dict[str, object] = {
     "ProcessPoolExecutor": process.ProcessPoolExecutor,
     "as_completed": concurrent.futures.as_completed,
@@ -179,6 +224,14 @@ _originals: dict[str, object] = {
 }
 _added: list[Where] = []  # names that were not there before: ``concurrent.futures`` loads its classes when asked
 _lock = threading.RLock()
+
+
+def _tell_all() -> None:
+    for patch in _to_tell:
+        patch._tell()
+
+
+atexit.register(_tell_all)
 
 
 class _Locked:
@@ -223,10 +276,11 @@ def _show(patches: list[Patch]) -> None:
 def stand_in_for_pebble(module: Any = None) -> None:
     """Pebble is loaded, by whomever: what is active stands in for its pool, too."""
     pebble: Any = sys.modules.get(PEBBLE)
-    if hasattr(pebble, "ProcessPool") and PEBBLE not in _originals:  # else it is just being loaded
+    if hasattr(pebble, "ProcessPool"):  # else it is just being loaded
         with _Locked():
-            _originals[PEBBLE] = pebble.ProcessPool
-            _show([*_active])
+            if PEBBLE not in _originals:
+                _originals[PEBBLE] = pebble.ProcessPool
+                _show([*_active])
 
 
 def _add(name: str) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 from ._shapes import frozen, replace
+from ._words import exact
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,8 +85,10 @@ class TaskOptions:
                 changes[key] = seconds(value, key)
             elif key == "retry":
                 changes[key] = as_retry(value)
-            elif key == "name" and not (value is None or isinstance(value, str)):
-                raise TypeError(f"name must be a str or None; got {value!r}")
+            elif key == "name" and value is not None:
+                if not isinstance(value, str):
+                    raise TypeError(f"name must be a str or None; got {value!r}")
+                changes[key] = exact(value)
         return replace(self, **changes)
 
 

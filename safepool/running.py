@@ -85,7 +85,7 @@ def run(
     return TIMED_OUT if "time limit" in why else status
 
 
-def check(policy: Mapping[str, Any], time_limit_s: float | None, grace_s: float | None) -> None:
+def check(policy: Mapping[str, Any], time_limit_s: float | None, grace_s: float | None, summary: str | None) -> None:
     """Raises ``TypeError`` or ``ValueError`` if no pool can have this policy, or no program these limits."""
     if policy:
         from .patching import Patch
@@ -95,6 +95,8 @@ def check(policy: Mapping[str, Any], time_limit_s: float | None, grace_s: float 
         seconds(time_limit_s, "time-limit")
     if grace_s is not None and seconds(grace_s, "grace", zero=True) is None:
         raise ValueError("grace must be finite: what ignores SIGTERM would never be stopped")
+    if summary is not None and not Path(summary).absolute().parent.is_dir():
+        raise ValueError(f"there is no directory for the summary {summary!r}")
 
 
 def end_by_signal(number: int) -> NoReturn:

@@ -311,7 +311,7 @@ class Simulation:
                 self.violated = True
                 raise
             self.log.append((event, list(commands)))
-            if isinstance(event, e.Received | e.WorkerReady):
+            if isinstance(event, e.Received | e.WorkerReady | e.WorkerDied):
                 self._moved_at = event.now
             for command in commands:
                 _ACTS[type(command)](self, command)

@@ -190,7 +190,8 @@ class _Watch:
         return sorted(states), [home.progress for home in self._homes.values()]
 
     def unfinished(self, timeout: float | None) -> Unfinished:
-        return Unfinished(f"{self._words()} after {timeout:g} s", unfinished=list(self.pending), seconds=timeout or 0.0)
+        length = float(timeout or 0)
+        return Unfinished(f"{self._words()} after {length:g} s", unfinished=list(self.pending), seconds=length)
 
     def _words(self) -> str:
         names = [_describe(future) for future, _ in zip(self.pending, range(TOLD))]

@@ -140,3 +140,36 @@ def test_one_that_moves_keeps_the_others_from_stalling() -> None:
     assert states(sim) == ["running", "answered", "answered", "running"]
     sim.advance(5.1)
     assert states(sim)[0] == states(sim)[3] == "doomed"
+
+
+def test_an_end_is_a_move_however_a_task_ends() -> None:
+    """A neighbour that dies, or goes over its own limit, has moved."""
+    sim = Simulation(PoolPolicy(max_workers=2, stall_timeout=5.0, take_back=False))
+    sim.submit_many(2)
+    long, short = tuple(sim.workers)
+    for worker in (long, short):
+        sim.ready(worker)
+        sim.begin(worker)
+        sim.hear(worker)
+    sim.shutdown(cancel=False)
+    sim.advance(4.0)
+    sim.die(short)
+    sim.advance(4.0)
+    assert states(sim) == ["running", "death"]
+    sim.advance(1.1)
+    assert states(sim) == ["doomed", "death"]
+
+
+def test_what_hangs_while_it_starts_has_stalled_too() -> None:
+    """A task waits for a worker whose initializer never ends: it is killed, and the next one may do better."""
+    sim = Simulation(PoolPolicy(max_workers=1, stall_timeout=5.0))
+    sim.submit()
+    (worker,) = sim.workers
+    sim.boot(worker)
+    sim.advance(4.9)
+    assert not sim.workers[worker].kills
+    sim.advance(0.2)
+    assert sim.workers[worker].kills
+    sim.die(worker)
+    sim.settle()
+    assert states(sim) == ["answered"]

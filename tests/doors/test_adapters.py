@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from time import monotonic
 from typing import Any
 
@@ -53,6 +54,25 @@ def test_whoever_is_cancelled_over_it_kills_the_task(pool: MakePool) -> None:
     assert monotonic() - began < 10
 
 
+def _stop() -> None:
+    raise StopIteration
+
+
+def test_no_error_hangs_whoever_awaits_it(pool: MakePool) -> None:
+    """asyncio cannot tell a ``StopIteration``, and a killed task is not the cancellation of whoever awaits it."""
+    executor = pool(1)
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await asyncio.wait_for(executor.submit(_stop), LIMIT_S)
+        running = executor.submit(tasks.nap, tasks.LIMIT_S)
+        asyncio.get_running_loop().call_later(0.3, running.kill)
+        with pytest.raises(CancelledError):
+            await running
+
+    asyncio.run(main())
+
+
 # ----------------------------------------------------------------------- joblib
 
 
@@ -88,6 +108,36 @@ def test_joblib_takes_the_policy_of_a_pool(joblib: Any) -> None:
         with pytest.raises(TimeoutError):
             joblib.Parallel()(joblib.delayed(tasks.nap)(tasks.LIMIT_S) for _ in range(2))
         assert joblib.Parallel()(joblib.delayed(os.path.exists)(flag) for _ in range(2)) == [True, True]
+
+
+def test_two_parallels_with_other_options_do_not_disturb_each_other(joblib: Any) -> None:
+    """In turn, and in threads: joblib itself would wait for ever for a batch that a closed pool has refused."""
+    half = joblib.Parallel(n_jobs=2, backend="safepool", return_as="generator", batch_size=1)(
+        joblib.delayed(tasks.nap)(0.05, n) for n in range(10)
+    )
+    first = next(half)
+    assert joblib.Parallel(n_jobs=3, backend="safepool")(joblib.delayed(abs)(-n) for n in range(3)) == [0, 1, 2]
+    assert [first, *half] == list(range(10))
+
+
+def _nested(joblib: Any, n: int) -> list[int]:
+    return joblib.Parallel(n_jobs=2, backend="safepool")(joblib.delayed(abs)(-k) for k in range(n))  # type: ignore[no-any-return]
+
+
+def _kept_word() -> str:
+    return os.environ["SAFEPOOL_TEST_WORD"]
+
+
+def test_joblib_in_tasks_and_with_an_initializer(joblib: Any) -> None:
+    """Tasks know the backend too; an initializer of one's own runs beside ours."""
+    with joblib.parallel_config(backend="safepool", n_jobs=2):
+        assert joblib.Parallel()(joblib.delayed(_nested)(joblib, n) for n in (2, 3)) == [[0, 1], [0, 1, 2]]
+    with joblib.parallel_config(backend="safepool", n_jobs=2, initializer=_set, initargs=("one",)):
+        assert joblib.Parallel()(joblib.delayed(_kept_word)() for _ in range(2)) == ["one", "one"]
+
+
+def _set(word: str) -> None:
+    os.environ["SAFEPOOL_TEST_WORD"] = word
 
 
 def _threads() -> str:

@@ -15,14 +15,16 @@ import threading
 import types
 from collections.abc import Iterator
 from concurrent.futures import Future
+from fractions import Fraction
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
 import pytest
+import tenacity
 
 import safepool
-from safepool import SafePoolExecutor, TaskTimeout
+from safepool import SafePoolExecutor, TaskTimeout, patching
 from tests.pool import tasks
 from tests.support import LIMIT_S, run_script
 
@@ -200,12 +202,19 @@ def test_the_policy_applies_to_every_pool() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "error"),
-    [({"timeout": -1}, ValueError), ({"patience": 3}, TypeError), ({"start_method": "telepathy"}, ValueError)],
+    [
+        ({"timeout": -1}, ValueError),
+        ({"patience": 3}, TypeError),
+        ({"max_workers": 3}, TypeError),
+        ({"start_method": "telepathy"}, ValueError),
+        ({"summary": 3}, TypeError),
+        ({"summary": "/no/such/folder/x"}, FileNotFoundError),
+    ],
 )
 def test_a_wrong_policy_is_told_at_the_call_and_patches_nothing(policy: dict[str, Any], error: type) -> None:
     """Not by the first pool of a program that knows nothing of it."""
     with pytest.raises(error):
-        safepool.patch(summary=False, **policy)
+        safepool.patch(**{"summary": False, **policy})
     assert concurrent.futures.ProcessPoolExecutor is STOCK[0]
 
 
@@ -307,3 +316,114 @@ def test_the_summary_can_be_asked_for_at_any_time() -> None:
     told = patched.summary()
     assert (told["done"], told["cancelled"], told["killed"], told["failed"], told["workers_lost"]) == (1, 1, 1, 0, 0)
     assert told["seconds_lost"] > 0
+
+
+def test_the_stand_ins_take_what_the_stdlibs_take() -> None:
+    """Any number as a timeout, a wrong ``return_when`` if nothing is to be waited for, futures that come later."""
+    done: Future[int] = Future()
+    done.set_result(1)
+    with safepool.patch(summary=False):
+        for timeout in (True, False, Fraction(-1, 2), -3):
+            assert list(concurrent.futures.as_completed([done], timeout=timeout)) == [done]
+            assert concurrent.futures.wait([done], timeout=timeout).done == {done}
+        assert concurrent.futures.wait([done], return_when="bogus").done == {done}
+        with pytest.raises(TimeoutError):
+            list(concurrent.futures.as_completed([Future()], timeout=Fraction(1, 50)))
+        futures: list[Future[int]] = []
+        found = concurrent.futures.as_completed(futures)
+        futures.append(done)
+        assert list(found) == [done]
+
+
+def test_pools_from_before_are_what_they_were() -> None:
+    """``isinstance`` with the name that a program has holds for the standard library's, and for other patches'."""
+    stock = STOCK[0](1)
+    with safepool.patch(summary=False):
+        outer = concurrent.futures.ProcessPoolExecutor(1)
+        with safepool.patch(summary=False):
+
+            class Special(concurrent.futures.ProcessPoolExecutor):
+                pass
+
+            assert isinstance(stock, concurrent.futures.ProcessPoolExecutor)
+            assert isinstance(outer, concurrent.futures.ProcessPoolExecutor)
+            assert not isinstance(outer, Special)
+            assert issubclass(Special, STOCK[0])
+            assert not isinstance(3, concurrent.futures.ProcessPoolExecutor)
+    for pool in (stock, outer):
+        pool.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("ValueError('bad value\\nsee the docs')", "ValueError: bad value"),
+        ("noted()", "KeyError: 'x'"),
+        ("ExceptionGroup('several', [ValueError(1), TypeError(2)])", "ExceptionGroup: several (2 sub-exceptions)"),
+        ("ZeroDivisionError()", "ZeroDivisionError"),
+    ],
+)
+def test_the_summary_names_the_error(tmp_path: Path, error: str, told: str) -> None:
+    """Its type and the first line of its message, however its traceback goes on."""
+    text = f"""
+import safepool, concurrent.futures
+def noted():
+    error = KeyError("x")
+    error.add_note("while loading part 7")
+    return error
+def fail():
+    raise {error}
+with safepool.patch(summary="told.json"), concurrent.futures.ProcessPoolExecutor(1) as pool:
+    pool.submit(fail).exception()
+"""
+    assert run_script(tmp_path / "script.py", text).returncode == 0
+    (failure,) = json.loads((tmp_path / "told.json").read_text())["failures"]
+    assert failure["why"] == told
+
+
+def test_the_summary_counts_what_cannot_be_sent_and_what_a_broken_pool_fails() -> None:
+    """Calls that cannot be pickled; and all that wait when an initializer fails, each with the reason."""
+    with safepool.patch(summary=False) as patched:
+        with concurrent.futures.ProcessPoolExecutor(1) as pool:
+            assert isinstance(pool.submit(abs, threading.Lock()).exception(LIMIT_S), TypeError)
+        with concurrent.futures.ProcessPoolExecutor(1, initializer=int, initargs=("no number",)) as pool:
+            futures = [pool.submit(abs, n) for n in range(3)]
+            assert all(future.exception(LIMIT_S) for future in futures)
+    told = patched.summary()
+    assert (told["done"], told["failed"]) == (0, 4)
+    whys = [failure["why"] for failure in told["failures"]]
+    assert "cannot pickle" in whys[0]
+    assert all("initializer" in why for why in whys[1:])
+
+
+def test_a_retry_policy_that_looks_at_results_loses_no_time() -> None:
+    """tenacity is asked about each result; only what is tried again was for nothing."""
+    retry = tenacity.Retrying(retry=tenacity.retry_if_exception_type(ValueError), stop=tenacity.stop_after_attempt(2))
+    with safepool.patch(summary=False, retry=retry) as patched, concurrent.futures.ProcessPoolExecutor(1) as pool:
+        assert pool.submit(tasks.nap, 0.3, "done").result(LIMIT_S) == "done"
+    assert (patched.summary()["done"], patched.summary()["seconds_lost"]) == (1, 0)
+
+
+def test_patches_leave_nothing_at_the_exit() -> None:
+    """One that was undone, and under which no pool was made, has nothing to tell."""
+    safepool.patch().undo()
+    for _ in range(20):
+        safepool.patch().undo()
+    assert patching._to_tell == []
+
+
+def test_initargs_may_be_any_iterable() -> None:
+    """As with the stock pool, one that can be gone through once."""
+    with safepool.patch(summary=False):
+        pool = concurrent.futures.ProcessPoolExecutor(1, initializer=int, initargs=iter(["12"]))
+        with pool:
+            assert pool.submit(abs, -1).result(LIMIT_S) == 1
+
+
+def test_a_closed_stderr_does_not_send_the_summary_to_stdout(tmp_path: Path) -> None:
+    """``sys.stderr`` is None there, and ``print`` would take it for stdout."""
+    path = tmp_path / "script.py"
+    path.write_text(PROGRAM.replace("SUMMARY", "True"))
+    command = ["sh", "-c", f"{sys.executable} {path} 2>&-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert (done.returncode, done.stdout) == (0, "all well\n")

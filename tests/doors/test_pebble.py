@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
@@ -107,6 +108,95 @@ def test_cancelling_kills_what_runs(make_pool: Any) -> None:
     done = pool.schedule(abs, args=(-1,))
     assert done.result(LIMIT_S) == 1
     assert not done.cancel()
+
+
+def test_a_timeout_tells_its_limit_as_pebbles_does(make_pool: Any) -> None:
+    """``error.args[1]``, as in Pebble's documentation; a budget that is used up is one of no time."""
+    pool = make_pool(1)
+    for limit in (0.3, -0.5):
+        error = pool.schedule(tasks.nap, args=(tasks.LIMIT_S,), timeout=limit).exception(LIMIT_S)
+        assert isinstance(error, TimeoutError)
+        assert isinstance(error.args[0], str)
+        assert error.args[1] == max(limit, 0.001)
+        assert str(error) == error.args[0]
+
+
+def test_its_errors_travel(make_pool: Any) -> None:
+    """A task that hands on the error of a pool of its own."""
+    for future in (make_pool(1).schedule(os._exit, args=(3,)), make_pool(1).schedule(tasks.nap, (9,), timeout=0.1)):
+        error = future.exception(LIMIT_S)
+        there = pickle.loads(pickle.dumps(error))
+        assert (type(there), str(there), there.pid) == (type(error), str(error), error.pid)
+
+
+def test_an_explicit_context_is_honoured(make_pool: Any) -> None:
+    """Under "fork" workers have what the program had, wherever it was."""
+    held.append("one")
+    try:
+        pool = make_pool(1, context=multiprocessing.get_context("fork"))
+        assert pool.schedule(_what_is_held).result(LIMIT_S) == ["one"]
+    finally:
+        held.clear()
+
+
+held: list[str] = []
+
+
+def _what_is_held() -> list[str]:
+    return held
+
+
+def test_decorated_functions_of_a_script_run_on_a_pool(tmp_path: Path) -> None:
+    """Pebble sends their names, to be looked up in the script."""
+    text = """
+import safepool
+safepool.patch(summary=False)
+import pebble
+pool = pebble.ProcessPool(1)
+@pebble.concurrent.process(pool=pool)
+def double(n):
+    return 2 * n
+if __name__ == "__main__":
+    print(double(4).result())
+    pool.close(); pool.join()
+"""
+    done = run_script(tmp_path / "script.py", text)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
+
+
+@pytest.mark.parametrize("before", ["importlib.util.find_spec('pebble')", "sys.modules['pebble'] = None", "pass"])
+def test_it_is_patched_when_it_is_loaded_whatever_was_asked_before(tmp_path: Path, before: str) -> None:
+    """Somebody only asks whether it is there, or fails to import it at first."""
+    text = f"""
+import importlib.util, sys, safepool
+with safepool.patch(summary=False):
+    {before}
+    try: import pebble
+    except ImportError: del sys.modules["pebble"]
+    import pebble
+    print(pebble.ProcessPool.__mro__[1].__name__, pebble.pool.ProcessPool is pebble.ProcessPool)
+print(pebble.ProcessPool.__mro__[1].__name__)
+"""
+    done = run_script(tmp_path / "script.py", text)
+    assert (done.stdout, done.stderr) == ("_ProcessPool True\nBasePool\n", "")
+
+
+def test_work_of_a_thread_that_outlives_the_main_one_is_done(tmp_path: Path) -> None:
+    """Pebble ends its workers when all threads have ended, and calls back nobody then."""
+    text = """
+import safepool, threading, time
+safepool.patch(summary=False)
+import pebble
+def use():
+    with pebble.ProcessPool(1) as pool:
+        time.sleep(0.5)
+        print([pool.schedule(abs, args=(-n,)).result(20) for n in range(3)], flush=True)
+threading.Thread(target=use).start()
+pool = pebble.ProcessPool(1)
+pool.schedule(time.sleep, args=(600,)).add_done_callback(lambda future: print("called", future, flush=True))
+"""
+    done = run_script(tmp_path / "script.py", text)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1, 2]\n", "")
 
 
 def test_errors_carry_the_traceback_as_text(make_pool: Any) -> None:

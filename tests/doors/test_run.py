@@ -444,6 +444,7 @@ def test_the_time_limit_is_for_everything(program: Program) -> None:
         (["--start-method", "telepathy", "x.py"], "telepathy"),
         (["--leftovers", "eat", "x.py"], "leftovers must be"),
         (["--retry", "-3", "x.py"], "retry must be"),
+        (["--summary", "/no/such/folder/x", "x.py"], "no directory for the summary"),
         (["--patience", "x.py"], "unrecognized arguments"),
     ],
 )
