@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from . import _os
@@ -29,12 +30,23 @@ def tell(told: Mapping[str, Any], path: str | os.PathLike[str] | None) -> None:
 
 
 def write(told: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Whole or not at all, whoever reads it meanwhile.  Raises ``OSError``."""
-    beside = f"{os.fspath(path)}.{os.getpid()}"
-    with open(beside, "w", encoding="utf-8") as file:
-        json.dump(told, file, indent=1)
-        file.write("\n")
-    os.replace(beside, path)
+    """Whole or not at all, whoever reads it meanwhile; a device or a pipe is written to.  Raises ``OSError``."""
+    text = json.dumps(told, indent=1) + "\n"
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        fd = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    beside = f"{path}.{os.getpid()}"
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(beside, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(beside)
+        raise
 
 
 def words_of(told: Mapping[str, Any]) -> str:

@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = _parse(sys.argv[1:] if argv is None else argv)
     try:
         status: int = chosen.run(chosen)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -120,7 +121,13 @@ def _run_program(chosen: argparse.Namespace) -> int:
     if chosen.preload is not None:
         policy["preload"] = chosen.preload.split(",")
     try:
-        running.check(policy, chosen.time_limit, chosen.grace, chosen.summary)
+        running.check(
+            policy,
+            is_python=chosen.is_python,
+            time_limit_s=chosen.time_limit,
+            grace_s=chosen.grace,
+            summary=chosen.summary,
+        )
     except (TypeError, ValueError) as error:
         print(f"safepool run: {error}", file=sys.stderr)
         return WRONG

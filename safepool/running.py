@@ -13,14 +13,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import _os, _summary
 from .policy import seconds
 
+if TYPE_CHECKING:
+    from ._packets import Left
+
 POLICY = "SAFEPOOL_POLICY"
+HOME = "SAFEPOOL_HOME"  # for which Python, and where the package is
 BOOT = Path(__file__).with_name("_boot")
 TIMED_OUT = 124  # as ``timeout`` has it
 SIGNALLED = 128  # as a shell has it
@@ -38,7 +42,7 @@ def split(words: Sequence[str], with_value: Iterable[str]) -> tuple[list[str], l
         word = words[at]
         if word == "--":
             return [*words[:at]], [*words[at + 1 :]], False
-        if word == "-m" or not word.startswith("-"):
+        if word in ("-m", "-") or not word.startswith("-"):
             return [*words[:at]], [*words[at:]], True
         at += 2 if word in with_value else 1
     return [*words], [], True
@@ -58,34 +62,55 @@ def run(
 
     ``program``: the words after the interpreter, or a command.  Everything that it has started is ended with it.
     """
-    command = [sys.executable, *subprocess._args_from_interpreter_flags(), *program] if is_python else program  # type: ignore[attr-defined]
-    with tempfile.TemporaryDirectory(prefix="safepool-run-", ignore_cleanup_errors=True) as folder:
-        environ = environment(policy, folder)
+    command = [sys.executable, *_interpreter_options(), *program] if is_python else program
+    with ExitStack() as stack:
+        mask = set()
         if "keeper" in _os.CAPABILITIES:
             from . import _guard
 
-            ended = _guard.run(command, environ, folder, time_limit_s=time_limit_s, grace_s=grace_s)
-            status, left, why = ended.status, ended.left, ended.why
+            mask = stack.enter_context(_guard.held_back())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="safepool-run-", ignore_cleanup_errors=True))
+        environ = environment(policy, folder)
+        if "keeper" in _os.CAPABILITIES:
+            status, left, why = _guard.run(
+                command, environ, folder, mask=mask, time_limit_s=time_limit_s, grace_s=grace_s
+            )
         else:
             status, left, why = _run_plainly(command, environ, time_limit_s, grace_s)
         told = _summary.merged(_read(folder))
-    lines = [f"the program left {len(left)} processes, which were ended: {_named(left)}"] if left else []
-    lines += [why] if why else []
-    for line in lines:
-        _summary.say(f"safepool: {line}")
+    if left:
+        _summary.say(f"safepool: the program left processes behind: {_named(left)}")
+    if why:
+        _summary.say(f"safepool: {why}")
     if told["pools"] and not quiet:
         _summary.say(_summary.words_of(told))
     if summary is not None:
+        named = [{"pid": pid, "command": words, "ended": is_ended} for pid, words, is_ended in left]
         try:
-            _summary.write(
-                {**told, "exit_status": status, "left": [words for _, words in left], "stopped": why}, summary
-            )
+            _summary.write({**told, "exit_status": status, "left": named, "stopped": why}, summary)
         except OSError as error:
             _summary.say(f"safepool: the summary cannot be written: {error}")
     return TIMED_OUT if "time limit" in why else status
 
 
-def check(policy: Mapping[str, Any], time_limit_s: float | None, grace_s: float | None, summary: str | None) -> None:
+def _interpreter_options() -> list[str]:
+    """Those that this interpreter was started with."""
+    found: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    for name, value in sys._xoptions.items():
+        option = name if value is True else f"{name}={value}"
+        if option not in found:
+            found += ["-X", option]
+    return found
+
+
+def check(
+    policy: Mapping[str, Any],
+    *,
+    is_python: bool,
+    time_limit_s: float | None,
+    grace_s: float | None,
+    summary: str | None,
+) -> None:
     """Raises ``TypeError`` or ``ValueError`` if no pool can have this policy, or no program these limits."""
     if policy:
         from .patching import Patch
@@ -95,6 +120,8 @@ def check(policy: Mapping[str, Any], time_limit_s: float | None, grace_s: float 
         seconds(time_limit_s, "time-limit")
     if grace_s is not None and seconds(grace_s, "grace", zero=True) is None:
         raise ValueError("grace must be finite: what ignores SIGTERM would never be stopped")
+    if is_python and (sys.flags.isolated or sys.flags.ignore_environment or sys.flags.no_site):
+        raise ValueError("the interpreter's options -I, -E and -S keep a program from being hardened")
     if summary is not None and not Path(summary).absolute().parent.is_dir():
         raise ValueError(f"there is no directory for the summary {summary!r}")
 
@@ -107,6 +134,7 @@ def end_by_signal(number: int) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the one who died has left its own
     with suppress(OSError, ValueError):  # SIGKILL has no handler
         signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)
     sys.exit(SIGNALLED + number)
 
@@ -114,23 +142,22 @@ def end_by_signal(number: int) -> NoReturn:
 def environment(policy: Mapping[str, Any], folder: str) -> dict[str, str]:
     """For a program that is to be hardened, within one that is so already, perhaps: what is set here has precedence."""
     environ = dict(os.environ)
-    outer = json.loads(environ.get(POLICY, "{}"))
+    outer = json.loads(environ.get(POLICY) or "{}")
     told = {
         "policy": {**outer.get("policy", {}), **policy},
         "folder": folder,
-        "home": str(BOOT.parent.parent),
-        "python": list(sys.version_info[:2]),
     }
     environ[POLICY] = json.dumps(told)
-    paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(BOOT)]
-    environ["PYTHONPATH"] = os.pathsep.join([str(BOOT), *paths])
+    environ[HOME] = f"{sys.version_info[0]}.{sys.version_info[1]}:{BOOT.parent.parent}"
+    paths = environ["PYTHONPATH"].split(os.pathsep) if environ.get("PYTHONPATH") else []  # (empty ones mean: here)
+    environ["PYTHONPATH"] = os.pathsep.join([str(BOOT), *(path for path in paths if path != str(BOOT))])
     return environ
 
 
 _is_armed = False
 
 
-def arm() -> None:
+def arm(policy: str) -> None:
     """In the program: patch it, and have it say at its end what became of its tasks.  Or, now, Pebble is loaded too."""
     global _is_armed
     from .patching import patch, stand_in_for_pebble
@@ -139,7 +166,7 @@ def arm() -> None:
         stand_in_for_pebble()
         return
     _is_armed = True
-    told = json.loads(os.environ[POLICY])
+    told = json.loads(policy)
     patched = patch(summary=False, **told["policy"])
     patched.write_at_exit(os.path.join(told["folder"], f"{os.getpid()}.json"))
 
@@ -150,14 +177,16 @@ def _read(folder: str) -> Iterable[dict[str, Any]]:
             yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def _named(left: list[tuple[int, str]]) -> str:
+def _named(left: list[Left]) -> str:
     more = [f"and {len(left) - MOST_NAMED} more"] if len(left) > MOST_NAMED else []
-    return "; ".join([f"{pid} ({words})" for pid, words in left[:MOST_NAMED]] + more)
+    ends = {True: "ended", False: "which belongs to another user and goes on"}
+    told = [f"{pid} ({words}), {ends[is_ended]}" for pid, words, is_ended in left[:MOST_NAMED]]
+    return "; ".join(told + more)
 
 
 def _run_plainly(
     command: list[str], environ: dict[str, str], time_limit_s: float | None, grace_s: float
-) -> tuple[int, list[tuple[int, str]], str]:
+) -> tuple[int, list[Left], str]:
     """Where nothing adopts orphans: what the command has started is ended as far as it can be found below it."""
     import psutil
 

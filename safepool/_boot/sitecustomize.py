@@ -9,50 +9,64 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TRIGGERS = ("concurrent.futures.process", "pebble")
+OURS = (["-m", "safepool"], ["safepool"])
+policy = os.environ.get("SAFEPOOL_POLICY", "")  # now: a program may clear its environment
+version, _, home = os.environ.get("SAFEPOOL_HOME", "").partition(":")
+path = sys.path[:]  # without the program's own modules, which may have the names of others
 
 
 def _find_the_next_one():
-    sys.path[:] = [path for path in sys.path if path != HERE]
+    sys.path[:] = [entry for entry in sys.path if entry != HERE]
     own = sys.modules.pop("sitecustomize")
     try:
         import sitecustomize  # noqa: F401
-    except ImportError:
-        pass
-    sys.modules.setdefault("sitecustomize", own)
+    except ImportError as error:
+        if getattr(error, "name", "sitecustomize") != "sitecustomize":
+            raise
+    finally:
+        sys.modules.setdefault("sitecustomize", own)
 
 
 def _is_for_us():
     """This Python is the one that runs safepool, and this program is another one."""
-    words = os.environ.get("SAFEPOOL_POLICY", "")
-    if sys.version_info < (3, 11) or '"python": [%d, %d]' % sys.version_info[:2] not in words:
+    if sys.version_info < (3, 11) or version != "%d.%d" % sys.version_info[:2]:
         return False
-    program = sys.orig_argv[1:]
-    return "safepool" not in [os.path.basename(word) for word in program[:1]] and ["-m", "safepool"] not in [
-        program[at : at + 2] for at in range(len(program))
-    ]
+    program = [os.path.basename(word) for word in sys.orig_argv[1:3]]
+    return bool(policy) and program[:2] != OURS[0] and program[:1] != OURS[1]
+
+
+def _with_our_path(act):
+    theirs = sys.path[:]
+    sys.path[:] = [entry for entry in path if entry != HERE] + [home]
+    try:
+        return act()
+    finally:
+        sys.path[:] = theirs
 
 
 def _watch_for_pools():
-    import json
+    from safepool._loading import once_loaded
 
-    path = sys.path[:]
-    sys.path.append(json.loads(os.environ["SAFEPOOL_POLICY"])["home"])
-    try:
-        from safepool._loading import once_loaded
-    finally:
-        sys.path[:] = path
     for name in TRIGGERS:
         once_loaded(name, _arm)
 
 
 def _arm(module=None):
-    # (The package is loaded, and knows where the rest of it is.)
     if _is_loading_ours():
         sys.meta_path.insert(0, _Later())
         return
+    try:
+        _with_our_path(_arm_now)
+    except Exception:  # whatever it is, it must not come out of an import of the program's
+        if sys.stderr is not None:
+            sys.excepthook(*sys.exc_info())
+            sys.stderr.write("safepool: this program is not hardened\n")
+
+
+def _arm_now():
     from safepool.running import arm
 
-    arm()
+    arm(policy)
 
 
 def _is_loading_ours():
@@ -64,14 +78,17 @@ class _Later:
     """The program uses safepool itself, which is just being loaded: at the next import of something else."""
 
     def find_spec(self, name, path=None, target=None):
-        if not _is_loading_ours():
-            sys.meta_path.remove(self)
+        if self in sys.meta_path and not _is_loading_ours():
+            try:
+                sys.meta_path.remove(self)
+            except ValueError:
+                return  # another thread was faster
             _arm()
 
 
 if _is_for_us():
     try:
-        _watch_for_pools()
+        _with_our_path(_watch_for_pools)
     except ImportError:
         pass  # safepool has been removed meanwhile
 _find_the_next_one()

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, sleep, time
 from typing import Any
 
 import psutil
@@ -183,6 +183,81 @@ def test_it_reads_what_it_is_given(program: Program) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "WORDS\n", "")
 
 
+def test_descriptors_are_inherited_and_streams_are_let_go(program: Program) -> None:
+    """``3<file``, a jobserver; and whoever reads the program's output sees it close that."""
+    script = program.script("import os\nprint(os.read(7, 9))\nos.close(1)\nimport time\ntime.sleep(1.5)")
+    command = f"{' '.join(RUN)} {script} 7</dev/null | (cat; date +%s.%N)"
+    began = time()
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=LIMIT_S)
+    said, ended = done.stdout.splitlines()
+    assert said == "b''"
+    assert time() - float(ended) > 0.8, f"{began=}"
+
+
+def test_an_entry_of_its_path_that_means_here_stays(program: Program) -> None:
+    """``PYTHONPATH=src:`` is an everyday idiom."""
+    (program.folder / "below").mkdir()
+    program.script("print('found')", "in_the_root.py")
+    script = program.script("import in_the_root", "below/script.py")
+    assert program.run(script, PYTHONPATH="/nowhere:").stdout == "found\n"
+
+
+def test_modules_of_its_own_may_have_any_name(program: Program) -> None:
+    """The command line is not made of them."""
+    program.script("print('mine')", "argparse.py")
+    done = program.run("--timeout", "9", program.script("import argparse\n" + POOL + "main()", "script.py"))
+    assert done.stdout.splitlines()[0] == "mine"
+    assert "True" in done.stdout
+    assert "safepool: 5 tasks done" in done.stderr
+
+
+def test_it_may_clear_its_environment_and_ask_what_is_there(program: Program) -> None:
+    """Its pools are hardened all the same."""
+    for before in ("os.environ.clear()", "importlib.util.find_spec('concurrent.futures.process')"):
+        text = f"import importlib.util, os, sys\n{before}\n" + POOL + "main()\nprint(ProcessPoolExecutor.__mro__[1])"
+        done = program.run(program.script(text))
+        assert "SafePoolExecutor" in done.stdout, done.stderr
+
+
+def test_options_of_the_interpreter_are_the_programs(program: Program) -> None:
+    """Those that would keep it from being hardened are refused."""
+    script = program.script("import sys; print(sys.flags.optimize, sys._xoptions)")
+    command = [sys.executable, "-O", "-X", "int_max_str_digits=4321", *RUN[1:], script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.stdout == "1 {'int_max_str_digits': '4321'}\n"
+
+
+def test_closed_streams_change_no_status(program: Program) -> None:
+    """And what is said of the program goes nowhere else."""
+    script = program.script("raise SystemExit(4)")
+    for closed in (">&-", "2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f"{' '.join(RUN)} {script} {closed}"], capture_output=True, text=True, timeout=LIMIT_S
+        )
+        assert (done.returncode, done.stdout) == (4, "")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_a_summary_goes_where_it_is_sent(program: Program, kind: str) -> None:
+    """A pipe, or a device, is written to and not replaced; a link stays one."""
+    path = program.folder / kind
+    script = program.script(POOL + "main()")
+    if kind == "fifo":
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            assert program.run("--summary", str(path), script).returncode == 0
+            assert json.loads(os.read(reader, 9999))["done"] == 5
+        finally:
+            os.close(reader)
+        assert path.is_fifo()
+    else:
+        path.symlink_to(program.folder / "target")
+        assert program.run("--summary", str(path), script).returncode == 0
+        assert path.is_symlink()
+        assert json.loads((program.folder / "target").read_text())["done"] == 5
+
+
 def test_a_sitecustomize_of_its_own_is_loaded(program: Program) -> None:
     """Ours comes before it, has it loaded, and leaves it the name."""
     program.script("print('customized', __file__)", "sitecustomize.py")
@@ -313,8 +388,8 @@ def test_what_a_program_leaves_is_ended_and_named(program: Program) -> None:
     done = program.run("--grace", "0.5", program.script(LEAVER + "print('bye')"))
     assert monotonic() - began < 8
     assert (done.returncode, done.stdout) == (0, "bye\n")
-    assert "the program left" in done.stderr
-    assert "(sleep 600)" in done.stderr
+    assert "the program left processes behind" in done.stderr
+    assert "(sleep 600), ended" in done.stderr
     assert program.is_gone()
 
 
@@ -379,15 +454,98 @@ def test_a_signal_is_the_programs(program: Program, number: signal.Signals) -> N
     assert program.is_gone()
 
 
-def test_a_program_that_is_deaf_to_sigterm_is_killed_after_the_grace(program: Program) -> None:
-    """Whoever sends SIGTERM wants an end."""
-    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    process = program.start("--grace", "0.4", program.script(LEAVER + deaf + READY + "time.sleep(600)"))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM])
+def test_a_program_that_goes_on_goes_on(program: Program, number: signal.Signals) -> None:
+    """A server that reads its settings again, or takes its time to clean up: nobody else decides, however often."""
+    text = f"""
+import os, signal, time
+heard = []
+signal.signal({int(number)}, lambda *_: heard.append(1))
+{READY}
+while len(heard) < 4:
+    time.sleep(0.01)
+time.sleep(0.5)
+os._exit(10 + len(heard))
+"""
+    process = program.start("--grace", "0.1", program.script(text))
     program.wait_for("ready")
+    for _ in range(4):
+        process.send_signal(number)
+        sleep(0.15)
+    assert process.wait(LIMIT_S) == 14
+    assert program.is_gone()
+
+
+def test_what_the_caller_has_it_ignore_is_ignored(program: Program) -> None:
+    """``nohup``: neither the program nor ``safepool run`` ends when the terminal hangs up."""
+    process = program.start(
+        program.script(READY.replace("open", "import os, time\nopen", 1) + "time.sleep(1)\nos._exit(5)"),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    program.wait_for("ready")
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(LIMIT_S) == 5
+
+
+def test_a_hang_up_of_the_terminal_reaches_the_program(program: Program) -> None:
+    """The kernel tells the leader of the session only, and that is ``safepool run`` here."""
+    text = "import signal, sys\n" + (
+        "signal.signal(signal.SIGHUP, lambda *_: (open('cleaned', 'w').write('up\\n'), sys.exit(0)))\n"
+    )
+    script = program.script(text + READY.replace("open", "import os, time\nopen", 1) + "time.sleep(600)")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ[MARK] = program.mark
+        os.chdir(program.folder)
+        os.execv(RUN[0], [*RUN, script])
+    program.wait_for("ready")
+    os.close(terminal)
+    assert program.wait_for("cleaned") == "up"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_commands_that_end_at_once_are_seen_to_end(program: Program) -> None:
+    """However fast: sixty of them, and none is waited for twice."""
+    for _ in range(60):
+        assert program.run("--", "true").returncode == 0
+
+
+def test_ctrl_c_while_it_starts_is_the_programs(program: Program) -> None:
+    """It waits until there is a program to get it."""
+    for late_ms in range(12):
+        process = program.start("--", "sleep", "30", start_new_session=True)
+        until(lambda: psutil.Process(process.pid).children(), "the guard is there")
+        sleep(late_ms / 1e3)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(LIMIT_S) == -signal.SIGINT
+
+
+def test_a_long_grace_ends_in_a_kill_all_the_same(program: Program) -> None:
+    """What is deaf to SIGTERM is killed after the grace, and only then given time to be gone."""
+    text = "import subprocess\nsubprocess.Popen(['sh', '-c', \"trap '' TERM; sleep 600 & wait; sleep 600\"])"
     began = monotonic()
-    process.terminate()
+    assert program.run("--grace", "11", program.script(text)).returncode == 0
+    assert 10 < monotonic() - began < 20
+    assert program.is_gone()
+
+
+def test_the_time_limit_is_the_programs_and_not_that_of_what_it_leaves(program: Program) -> None:
+    """A program that has ended in time was not stopped; what it left has no more time, then."""
+    text = "import subprocess\nsubprocess.Popen(['sh', '-c', \"trap '' TERM; sleep 600 & wait; sleep 600\"])"
+    began = monotonic()
+    done = program.run("--time-limit", "2", "--grace", "60", program.script(text))
+    assert (done.returncode, "time limit" in done.stderr) == (0, False)
+    assert monotonic() - began < 15
+
+
+def test_a_guard_that_somebody_has_stopped_is_replaced(program: Program) -> None:
+    """The time limit holds all the same."""
+    process = program.start("--time-limit", "1", "--grace", "0.2", "--", "sleep", "60")
+    until(lambda: psutil.Process(process.pid).children(), "the guard is there")
+    guard = psutil.Process(process.pid).children()[0]
+    until(guard.children, "the command runs")
+    guard.suspend()
     assert process.wait(LIMIT_S) == -signal.SIGKILL
-    assert 0.3 < monotonic() - began < 5
     assert program.is_gone()
 
 
