@@ -64,7 +64,7 @@ def everything() -> dict[str, list[tuple[str, int]]]:
     return {
         name: [(key, id(value)) for key, value in vars(module).items()]
         for name, module in tuple(sys.modules.items())
-        if isinstance(module, types.ModuleType) and name.partition(".")[0] not in ("safepool", "tests")
+        if isinstance(module, types.ModuleType) and name.partition(".")[0] not in ("safepool", "tests", "hypothesis")
     }
 
 

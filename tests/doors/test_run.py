@@ -505,8 +505,8 @@ def test_a_hang_up_of_the_terminal_reaches_the_program(program: Program) -> None
 
 
 def test_commands_that_end_at_once_are_seen_to_end(program: Program) -> None:
-    """However fast: sixty of them, and none is waited for twice."""
-    for _ in range(60):
+    """However fast: thirty of them, and none is waited for twice."""
+    for _ in range(30):
         assert program.run("--", "true").returncode == 0
 
 
@@ -520,6 +520,7 @@ def test_ctrl_c_while_it_starts_is_the_programs(program: Program) -> None:
         assert process.wait(LIMIT_S) == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_long_grace_ends_in_a_kill_all_the_same(program: Program) -> None:
     """What is deaf to SIGTERM is killed after the grace, and only then given time to be gone."""
     text = "import subprocess\nsubprocess.Popen(['sh', '-c', \"trap '' TERM; sleep 600 & wait; sleep 600\"])"
