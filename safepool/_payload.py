@@ -157,7 +157,8 @@ class Held:
         return known
 
 
-_here = threading.local()  # ``held``: by the workers for which something is being pickled
+#: ``held``: by the workers for which something is being pickled; ``function``: which is being pickled to be kept.
+_here = threading.local()
 
 
 class _Sent(NamedTuple):
@@ -174,24 +175,44 @@ _sent: weakref.WeakKeyDictionary[Any, _Sent] = weakref.WeakKeyDictionary()
 
 def _dumps_function(fn: Any) -> tuple[bytes, bool]:
     """The pickle of ``fn``, and whether a worker may keep what it loads: not if it carries state."""
+    kept = _dumps_kept(fn)
+    return (_dumps_alone(fn), False) if kept is None else (kept, True)
+
+
+def _dumps_kept(fn: Any) -> bytes | None:
+    """None: it carries state, or may change unseen."""
     if type(fn) is types.BuiltinFunctionType:
         if fn.__self__ is not None and type(fn.__self__) is not types.ModuleType:
-            return dumps(fn), False
+            return None
         made_of: tuple[Any, ...] = ()
     elif type(fn) is types.FunctionType and fn.__closure__ is None and not fn.__dict__ and _is_findable(fn):
         made_of = (fn.__code__, fn.__defaults__, fn.__kwdefaults__)
     else:
-        return dumps(fn), False
+        return None
     known = _sent.get(fn)
     if known is not None and known.made_of == made_of and (not known.names or _is_current(known)):
-        return known.data, True
+        return known.data
     names = _names_in_main(fn)
     if names is None:
-        return dumps(fn), False
+        return None
     main = _main()
-    sent = _Sent(dumps(fn), made_of, tuple(names), tuple(main.get(name, absent) for name in names))
+    sent = _Sent(_dumps_alone(fn), made_of, tuple(names), tuple(main.get(name, absent) for name in names))
     _sent[fn] = sent
-    return sent.data, True
+    return sent.data
+
+
+def _dumps_alone(fn: Any) -> bytes:
+    """With all that it uses in it: functions within functions are not kept one by one, for they may use each other."""
+    _here.function = fn
+    try:
+        return dumps(fn)
+    finally:
+        _here.function = None
+
+
+def _is_of_a_function() -> bool:
+    """Is what is being pickled a part of a function that is kept, or of what workers have that were forked?"""
+    return getattr(_here, "function", None) is not None or getattr(_here, "held", None) is not None
 
 
 def _is_findable(fn: types.FunctionType) -> bool:
@@ -313,6 +334,10 @@ def _by_value_pickler(shared_main: bool) -> Any:
             def reducer_override(self, obj: Any) -> Any:
                 if type(obj) is _LruCache and obj.__module__ in _MAINS:
                     return _unpack.cached, (obj.cache_parameters(), obj.__wrapped__)
+                if type(obj) is types.FunctionType and obj.__module__ in _MAINS and not _is_of_a_function():
+                    kept = _dumps_kept(obj)
+                    if kept is not None:
+                        return _unpack.kept_function, (kept,)
                 return super().reducer_override(obj)
 
             def _dynamic_function_reduce(self, func: Any) -> Any:

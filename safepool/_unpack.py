@@ -41,6 +41,17 @@ def dumps_plain(value: Any) -> bytes:
     return _dumps(value, PROTOCOL)
 
 
+def kept_function(data: bytes) -> Any:
+    """A function that carries no state: the same bytes are the same function."""
+    fn = _functions.get(data, absent)
+    if fn is absent:
+        fn = _loads(data)
+        if len(_functions) >= MOST_FUNCTIONS:
+            _functions.clear()
+        _functions[data] = fn
+    return fn
+
+
 def loads_call(body: bytes) -> tuple[Any, Any, dict[str, Any], bool]:
     """What a worker runs: (fn, args, kwargs, is_chunk); for a chunk it is ``fn(*one)`` for each of ``args``.
 
@@ -49,13 +60,7 @@ def loads_call(body: bytes) -> tuple[Any, Any, dict[str, Any], bool]:
     flags, length = HEAD.unpack_from(body)
     end = HEAD.size + length
     function = body[end:]
-    fn = _functions.get(function, absent)
-    if fn is absent:
-        fn = _loads(function)
-        if flags & KEEP:
-            if len(_functions) >= MOST_FUNCTIONS:
-                _functions.clear()
-            _functions[function] = fn
+    fn = kept_function(function) if flags & KEEP else _loads(function)
     with memoryview(body) as view:
         rest = _loads(view[HEAD.size : end])
     if flags & CHUNK:

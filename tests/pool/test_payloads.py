@@ -140,7 +140,7 @@ def test_locks_and_queues_travel_to_the_initializer(pool: MakePool, name: str) -
 # ------------------------------------------------------------------ __main__
 
 MAIN = """
-import collections, dataclasses, enum, multiprocessing, sys
+import collections, dataclasses, enum, functools, multiprocessing, sys
 import sibling
 from safepool import SafePoolExecutor
 
@@ -213,9 +213,12 @@ def recurse(n):
 executor = SafePoolExecutor(1, context, init, (7,))
 assert executor.submit(task, 6).result(T) == 42, "the initializer's global"
 assert [executor.submit(count).result(T) for _ in range(3)] == [1, 2, 3], "a global that a task assigns stays"
+assert [executor.submit(functools.partial(count)).result(T) for _ in range(2)] == [4, 5], "within something else too"
 assert calls == 0
 assert executor.submit(scaled, 1).result(T) == 30
+assert executor.submit(functools.partial(scaled, 1)).result(T) == 30
 scale = 100
+assert executor.submit(functools.partial(scaled, 1)).result(T) == 300, "a global that is rebound, within something"
 assert executor.submit(scaled, 1).result(T) == 300, "a global that is rebound here is rebound there"
 assert executor.submit(task, 6).result(T) == 42, "the initializer's global, still"
 point, color, pair = executor.submit(move, Point(2), Color.RED, Pair(1, 2)).result(T)
