@@ -233,9 +233,10 @@ def test_under_a_fault_every_other_world_is_as_if_nothing_had_happened(
     told = json.loads((tmp_path / "safepool.summary").read_text())
     there = {world for world, _, _ in ours.report["scores"]}
     missing = set(range(12)) - there
-    assert ours.exitcode == 1
+    assert ours.exitcode == (1 if missing else 0)
     assert ours.report["scores"] == [row for row in serial[either_python] if row[0] in there]
-    assert len(missing) == told["failed"] == len(told["failures"]) == (2 if fault == "kill all" else 1)
+    # (A worker that is killed between two worlds takes none with it.)
+    assert len(missing) == told["failed"] == len(told["failures"]) <= (2 if fault == "kill all" else 1)
     assert told["done"] == 12 - len(missing)
     if fault not in ("kill one", "kill all"):
         assert missing == {THEIRS["BAD_WORLD"]}
