@@ -77,7 +77,8 @@ ENDS: dict[str, tuple[str, int, str, str | None]] = {
         "print(type(pool.submit(pow, 2, 3).exception(20)).__name__); sys.exit(3)", 3, "WorkerStartError", None,
     ),
     "dying workers": (
-        "[executor.submit(os._exit, 1) for _ in range(6)]; [executor.submit(print, n) for n in range(9)]; sys.exit(3)",
+        "[executor.submit(os._exit, 1) for _ in range(6)]\n"
+        "[executor.submit(print, n, flush=True) for n in range(9)]; sys.exit(3)",
         3, "8", None,
     ),
     "retries": (
