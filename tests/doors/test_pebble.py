@@ -187,13 +187,17 @@ def test_work_of_a_thread_that_outlives_the_main_one_is_done(tmp_path: Path) -> 
 import safepool, threading, time
 safepool.patch(summary=False)
 import pebble
+begun = threading.Event()
 def use():
     with pebble.ProcessPool(1) as pool:
+        pool.schedule(abs, args=(1,)).result(20)
+        begun.set()  # (from Python 3.12 on no pool can be started after the end of the main thread)
         time.sleep(0.5)
         print([pool.schedule(abs, args=(-n,)).result(20) for n in range(3)], flush=True)
 threading.Thread(target=use).start()
 pool = pebble.ProcessPool(1)
 pool.schedule(time.sleep, args=(600,)).add_done_callback(lambda future: print("called", future, flush=True))
+begun.wait(20)
 """
     done = run_script(tmp_path / "script.py", text)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1, 2]\n", "")
