@@ -176,7 +176,9 @@ _sent: weakref.WeakKeyDictionary[Any, _Sent] = weakref.WeakKeyDictionary()
 def _dumps_function(fn: Any) -> tuple[bytes, bool]:
     """The pickle of ``fn``, and whether a worker may keep what it loads: not if it carries state."""
     kept = _dumps_kept(fn)
-    return (_dumps_alone(fn), False) if kept is None else (kept, True)
+    if kept is not None:
+        return kept, True
+    return _dumps_alone(fn) if type(fn) is types.FunctionType else dumps(fn), False
 
 
 def _dumps_kept(fn: Any) -> bytes | None:
