@@ -99,18 +99,9 @@ def run(
         ours.close()
         _live_as_guard(guard, folder, facts, lambda: guard.start(command, environ, mask))
     guard.let_go()
-    _let_go_of_streams()
+    linux.let_go_of(0, 1)  # they are the program's: whoever is at the other end must see it close them
     with ours:
         return _Supervisor(pid, ours, others, time_limit_s, grace_s).run(_listened_to())
-
-
-def _let_go_of_streams() -> None:
-    """What the program reads and writes is its own: whoever is at the other end must see it close them."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1):
-        os.dup2(nowhere, stream)
-    if nowhere > 2:
-        os.close(nowhere)
 
 
 class _Supervisor:
@@ -269,7 +260,7 @@ class _Guard:
             self._command, self._status = 0, status
         # Only now, for the command belongs to the terminal.  Whoever kills that whole group does not hit the guard.
         os.setsid()
-        _let_go_of_streams()
+        linux.let_go_of(0, 1)
         linux.close_but([self.channel.fileno(), self._awake.fileno(), self._waker.fileno()])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 

@@ -153,9 +153,9 @@ class Keeper:
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         ward = Ward(self.families.new(), leave, fds.pop(0), ours)
-        handed = [theirs.detach(), *fds]
-        fds.clear()
-        self._zygotes.launch(ward, key, preload, body, handed)
+        fds.insert(0, theirs.detach())
+        self._zygotes.launch(ward, key, preload, body, [*fds])
+        fds.clear()  # (not before: if it raises, they are closed here)
 
     def fork_zygote(self, channel: _socket.socket, preload: Preload) -> int:
         """Raises ``OSError``."""
@@ -351,7 +351,7 @@ def main(control: int, owner: int, number: int, isolated: int) -> None:
     else:
         linux.adopt_orphans()
     keeper = Keeper(channel, owner_fd, number or None)
-    _let_go_of_streams()
+    linux.let_go_of(0, 1, 2)  # what reads the program's output must see its end when the program closes it
     path = _registry.claim(number, facts) if number else None
     keeper.start()
     keeper.run()
@@ -364,12 +364,3 @@ def _fill_streams() -> None:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
-
-
-def _let_go_of_streams() -> None:
-    """What reads the program's output must see its end when the program closes it."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nowhere, stream)
-    if nowhere > 2:
-        os.close(nowhere)

@@ -327,11 +327,7 @@ class KeeperLauncher:
         """Start one worker on its ends of these sockets.  Raises ``OSError``, and what pickling raises."""
         _keep = _keeping()
         inherited: list[int] = []
-        try:
-            body = _payload.dumps((dict(os.environ), setup))
-        except RuntimeError:
-            # Locks, queues and shared memory pickle only while a process is being started.
-            body = _dumps_while_starting((dict(os.environ), setup), inherited)
+        body = _dumps_setup((dict(os.environ), setup), inherited)
         self._count += 1
         named = {"channel": channel.fileno()}
         if tickets is not None:
@@ -359,6 +355,15 @@ class KeeperLauncher:
         return f"<KeeperLauncher {self.method}>"
 
 
+def _dumps_setup(value: Any, inherited: list[int]) -> bytes:
+    """``inherited`` is filled as by ``_dumps_while_starting``.  Raises what pickling raises."""
+    try:
+        return _payload.dumps(value)
+    except RuntimeError:
+        # Locks, queues and shared memory pickle only while a process is being started.
+        return _dumps_while_starting(value, inherited)
+
+
 def _dumps_while_starting(value: Any, inherited: list[int]) -> bytes:
     """Pickle as for a child of a fork server; ``inherited`` is filled with the descriptors that it needs."""
     from multiprocessing import context, popen_forkserver
@@ -379,16 +384,10 @@ def _dumps_while_starting(value: Any, inherited: list[int]) -> bytes:
 
 def can_be_sent(setup: Setup) -> bool:
     """To a worker that is not forked from this process."""
-    try:
-        _payload.dumps(setup)
-    except RuntimeError:
-        with suppress(Exception):
-            _dumps_while_starting(setup, [])
-            return True
-        return False
-    except Exception:
-        return False
-    return True
+    with suppress(Exception):
+        _dumps_setup(setup, [])
+        return True
+    return False
 
 
 def launcher_of(context: Any, name: str, policy: LaunchPolicy = PLAIN) -> ContextLauncher | KeeperLauncher:

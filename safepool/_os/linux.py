@@ -6,7 +6,7 @@
 * ``tag_of(pid)``: see ``_tags``; ``wear(tag)``: on this process;
 * ``processes() -> pids``: of the whole machine; ``words_of(pid)``: its command line;
 * ``signal_if(pid, is_ours)``: to that process, if it is still ours when its pid cannot become another's;
-* ``close_but(fds)``.
+* ``close_but(fds)``; ``let_go_of(*streams)``: they lead nowhere.
 
 Wherever a pid is taken from a listing, it is the caller who knows that it cannot have been reused.
 """
@@ -172,6 +172,15 @@ def close_but(fds: Iterable[int]) -> None:
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, max(low, 1 << 20))
+
+
+def let_go_of(*streams: int) -> None:
+    """Let these descriptors lead nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in streams:
+        os.dup2(nowhere, stream)
+    if nowhere > 2:
+        os.close(nowhere)
 
 
 def _read(path: str, most: int = 1 << 20) -> bytes:

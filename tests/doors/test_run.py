@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -94,6 +95,12 @@ class Program:
 
     def folders(self) -> list[Path]:
         return list(self.temporary.iterdir())
+
+
+def exit_status(pid: int) -> int:
+    """Of a child, when it has ended."""
+    until(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), "it has ended")
+    return os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG)[1])
 
 
 @pytest.fixture
@@ -501,7 +508,7 @@ def test_a_hang_up_of_the_terminal_reaches_the_program(program: Program) -> None
     program.wait_for("ready")
     os.close(terminal)
     assert program.wait_for("cleaned") == "up"
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert exit_status(pid) == 0
 
 
 def test_commands_that_end_at_once_are_seen_to_end(program: Program) -> None:
@@ -568,12 +575,13 @@ for turn in range(2):
     try:
         seen = b""
         while b"ready" not in seen:
+            assert select.select([terminal], [], [], LIMIT_S)[0], seen
             seen += os.read(terminal, 100)
         os.write(terminal, b"\x03")
         with suppress(OSError):  # its end
-            while part := os.read(terminal, 100):
+            while select.select([terminal], [], [], LIMIT_S)[0] and (part := os.read(terminal, 100)):
                 seen += part
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert exit_status(pid) == 0
         assert seen.count(b"interrupted") == 1
     finally:
         os.close(terminal)
