@@ -41,6 +41,6 @@ def client(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def bench(session: nox.Session) -> None:
-    """The quick benchmark beside the stock pool and Pebble."""
+    """The quick benchmark: ratios to the stock pool beside those of the baseline."""
     session.install(".[bench]")
     session.run("python", "-m", "benchmarks.quick", *session.posargs)

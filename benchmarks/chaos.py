@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import threading
 from collections import deque
@@ -20,17 +18,17 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from time import monotonic
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 
-from benchmarks.fault_pools import OURS, NotOffered, installed, open_pool
+from benchmarks import children
 from benchmarks.fault_rows import KEPT, family
-from safepool._os import linux
+from benchmarks.machine import installed, present
+from benchmarks.pools import OURS, NotOffered, open_pool
 
 WORKERS = 2
 IN_FLIGHT = 200
-ROUNDS = 3
 SETTLE_S = 5.0  # for all futures to be done after the last kill
 
 
@@ -94,13 +92,6 @@ def play(name: str, seconds: float, every: float) -> dict[str, Any]:
     return {"per_s": right / took, "right": right, "failed": failed, "kills": kills[0], "why": "; ".join(why)}
 
 
-def _end_at_once() -> NoReturn:
-    """A pool that is of no use does not let its program end, nor its workers with it."""
-    for _ in range(ROUNDS):  # it may replace those that are killed
-        _kill_descendants(os.getpid())
-    os._exit(0)
-
-
 def _name(process: psutil.Process) -> str:
     try:
         return str(process.name())
@@ -110,40 +101,17 @@ def _name(process: psutil.Process) -> str:
 
 def run(name: str, seconds: float, every: float) -> dict[str, Any]:
     """The same in a process of its own, which is killed if it hangs."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.chaos",
-        "--play",
-        name,
-        "--seconds",
-        str(seconds),
-        "--every",
-        str(every),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            out, _ = process.communicate(timeout=seconds + 3 * SETTLE_S)
-            found: dict[str, Any] = json.loads(out.splitlines()[-1])
-            return found
-        except (subprocess.TimeoutExpired, ValueError, IndexError):
-            return {"per_s": 0.0, "right": 0, "failed": 0, "kills": 0, "why": "hung, or died"}
-        finally:
-            process.kill()
-            for _ in range(ROUNDS):  # what it leaves is adopted by this process, and may leave more
-                _kill_descendants(os.getpid())
-
-
-def _kill_descendants(pid: int) -> None:
-    for child in psutil.Process(pid).children(recursive=True):
-        with suppress(psutil.Error):
-            child.kill()
+    words = ["--play", name, "--seconds", str(seconds), "--every", str(every)]
+    outcome = children.play("benchmarks.chaos", words, seconds + 3 * SETTLE_S)
+    why = outcome.why if outcome.trouble == children.NOT_OFFERED else "hung, or died"
+    found: dict[str, Any] = outcome.told or {"per_s": 0.0, "right": 0, "failed": 0, "kills": 0, "why": why}
+    return found
 
 
 def main() -> int:
     versions = installed()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pools", default=",".join(name for name, found in versions.items() if found is not None))
+    parser.add_argument("--pools", default=",".join(present(versions)))
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--every", type=float, default=0.05)
     parser.add_argument("--repeat", type=int, default=3)
@@ -152,12 +120,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.play:
         try:
-            told = play(options.play, options.seconds, options.every)
+            children.tell(play(options.play, options.seconds, options.every))
         except NotOffered as error:
-            told = {"per_s": 0.0, "right": 0, "failed": 0, "kills": 0, "why": str(error)}
-        print(json.dumps(told), flush=True)
-        _end_at_once()
-    linux.adopt_orphans()
+            children.decline(error)
+    children.heed_sigterm()
     names = options.pools.split(",")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(options.repeat):

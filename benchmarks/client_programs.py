@@ -163,6 +163,21 @@ PROGRAMS = {
     "asyncio": run_asyncio,
     "map": run_stock,
 }
+#: With this scale each takes twenty or thirty seconds, where real runs take minutes or hours.
+LONG = {
+    "black": 10,
+    "pylint": 20,
+    "dask": 140,
+    "tqdm": 200,
+    "scipy": 180,
+    "emcee": 55,
+    "adaptive": 150,
+    "sklearn": 40,
+    "asyncio": 200,
+    "map": 200,
+}
+#: What their workers need and take long to import: a user would have it preloaded.
+PRELOAD = {name: name for name in ("black", "pylint", "dask", "emcee", "adaptive")} | {"scipy": "scipy.optimize"}
 
 
 def main() -> None:

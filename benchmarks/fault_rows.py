@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks import fault_tasks as tasks
-from benchmarks.fault_pools import OURS, NotOffered, Pool, open_pool
+from benchmarks.pools import OURS, NotOffered, Pool, open_pool
 
 LIMIT_S = 8.0  # what has not happened by then never does: a hang
 PROMPT_S = 2.0

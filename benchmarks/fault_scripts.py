@@ -12,7 +12,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from benchmarks import fault_tasks as tasks
-from benchmarks.fault_pools import Pool, open_pool
+from benchmarks.pools import Pool, open_pool
 
 LIMIT_S = 8.0
 STOP_S = 5.0

@@ -192,7 +192,7 @@ def raise_two_arguments(one: str, two: str) -> None:
 
 def squares_by_a_pool(name: str, start: str, numbers: list[int]) -> list[int]:
     """The squares of ``numbers``, by a pool of this worker's own."""
-    from benchmarks.fault_pools import open_pool
+    from benchmarks.pools import open_pool
 
     pool = open_pool(name, 1, start)
     try:

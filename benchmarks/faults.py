@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,15 +25,14 @@ from typing import Any
 
 import psutil
 
-from benchmarks.fault_pools import OURS, POOLS, STARTS, TAKES_START, installed
+from benchmarks.children import END_S, LOOK_S, MARK, end_all, heed_sigterm, marked, python_path
 from benchmarks.fault_rows import GONE_S, HANG, LEAK, LOST, NA, PASS, ROWS, WRONG, Row
+from benchmarks.machine import heading, installed
+from benchmarks.pools import OURS, POOLS, STARTS, TAKES_START
 
-MARK = "FAULT_CELL"  # in the environment of a cell and of all that it starts
 BOOT_S = 20.0  # for a cell to begin
-END_S = 5.0  # for the interpreter of a cell to end after its last part
 SLACK_S = 0.2  # a quiet machine
 SLACK_PER_LOAD_S = 0.5
-LOOK_S = 0.01
 WORST_FIRST = (HANG, LOST, WRONG, LEAK, PASS, NA)
 _running: dict[str, subprocess.Popen[bytes]] = {}  # mark -> the process of a cell
 BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(10**6):\n        pass\n"
@@ -93,10 +91,8 @@ def _run_parts(row: Row, cell: Cell, todo: Sequence[int], slack: float, brief: b
         mark = uuid.uuid4().hex
         command = [sys.executable, "-m", "benchmarks.fault_rows", str(row.number), cell.pool, cell.start, folder]
         command += ["--slack", str(slack), "--parts", ",".join(map(str, todo)), *(["--brief"] if brief else [])]
-        root = str(Path(__file__).parent.parent)
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         # What is temporary goes there, too: a socket of a fork server, a core file, bytecode of nobody.
-        environ = {**os.environ, MARK: mark, "PYTHONPATH": path, "TMPDIR": folder}
+        environ = {**os.environ, MARK: mark, "PYTHONPATH": python_path(), "TMPDIR": folder}
         with Path(folder, "stderr").open("wb") as errors:
             child = subprocess.Popen(
                 command,
@@ -114,7 +110,7 @@ def _run_parts(row: Row, cell: Cell, todo: Sequence[int], slack: float, brief: b
             is_whole = not trouble and bool(lines) and "done" in lines[-1]
             left = _left_of(child.pid, mark) if is_whole else []
         finally:
-            _kill_all(child, mark)
+            end_all(child, mark)
             del _running[mark]
         parts = _parts_of(lines) or [_failed_part(todo[0], "the start of its process", WRONG)]
         last = parts[-1]
@@ -180,37 +176,15 @@ def _failed_part(number: int, name: str, verdict: str) -> dict[str, Any]:
 def _left_of(session: int, mark: str) -> list[str]:
     """What still runs a few seconds after the process of a cell has ended."""
     end = monotonic() + GONE_S
-    while (left := list(_marked(session, mark))) and monotonic() < end:
+    while (left := list(marked(session, mark))) and monotonic() < end:
         sleep(0.05)
     return [_describe(process) for process in left]
-
-
-def _marked(session: int, mark: str) -> Iterator[psutil.Process]:
-    """The living processes of a cell, whoever their parents are: by their session, or by their environment."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            is_candidate = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
-            if is_candidate and (os.getsid(process.pid) == session or process.environ().get(MARK) == mark):
-                yield process
 
 
 def _describe(process: psutil.Process) -> str:
     with suppress(psutil.Error):
         return f"{process.pid} {' '.join(process.cmdline())[-100:]}"
     return str(process.pid)
-
-
-def _kill_all(child: subprocess.Popen[bytes], mark: str) -> None:
-    """End whatever a cell has started."""
-    end = monotonic() + END_S
-    while (left := list(_marked(child.pid, mark))) and monotonic() < end:
-        for process in left:
-            with suppress(psutil.Error):
-                process.kill()
-        child.poll()
-        sleep(LOOK_S)
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(END_S)
 
 
 # ------------------------------------------------------------------ all of them
@@ -274,15 +248,6 @@ class Table:
         print(f"{head:38}" + "".join(f"{word:>{self._width}}" for word in words), flush=True)
 
 
-def heading(pools: Iterable[str], found: dict[str, str | None]) -> str:
-    """What is measured where, and what is left out."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    words = [f"Python {platform.python_version()}", platform.platform(), f"{cores} cores"]
-    words += [f"{pool} {found[pool]}".strip() for pool in pools]
-    missing = [f"{pool}: not installed, left out" for pool, what in found.items() if what is None]
-    return "\n".join([", ".join(words), *missing])
-
-
 def _names(text: str, allowed: Iterable[str], what: str) -> list[str]:
     names = text.split(",")
     unknown = set(names) - set(allowed)
@@ -304,7 +269,7 @@ def main() -> int:
     parser.add_argument("--why", action="store_true", help="the evidence of every cell that fails, not only safepool's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write versions and every run of every cell there")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that cells and loops are ended, too
+    heed_sigterm()
 
     found = installed()
     pools = [pool for pool in _names(options.pools, POOLS, "pool") if found[pool] is not None]
@@ -312,7 +277,7 @@ def main() -> int:
     pairs = columns(pools, _names(options.start, STARTS, "start method"))
     slack = SLACK_S + options.load * SLACK_PER_LOAD_S if options.slack is None else options.slack
     slack += (options.jobs - 1) * SLACK_PER_LOAD_S if options.slack is None else 0
-    print(heading(pools, found), flush=True)
+    print(heading({name: what for name, what in found.items() if name in pools or what is None}), flush=True)
     print("a limit is met within " + f"{slack:g} s; n/a: the pool offers no such thing\n")
     lines = Table(rows, [_title(pool, start) for pool, start in pairs])
     lines.head()
@@ -333,7 +298,7 @@ def main() -> int:
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
             for mark, child in tuple(_running.items()):  # interrupted
-                _kill_all(child, mark)
+                end_all(child, mark)
     lines.totals()
     failed = [cell for cell in runs if cell.verdict not in (PASS, NA)]
     for cell in failed:

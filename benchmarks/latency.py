@@ -1,25 +1,19 @@
-"""How soon one death is told, and what else it costs: from SIGKILL of a worker to the failure of its future.
-
-``python -m benchmarks.latency [--json FILE]``.  Two workers with a running task each and 12 tasks queued;
-one worker is killed.  Its future fails; how many of the other 13 tasks succeed is counted too.
-"""
+"""How soon one death or one limit is told, and what else a death costs."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from tempfile import TemporaryDirectory
 from time import monotonic, perf_counter, sleep
 from typing import Any, NamedTuple
 
-from benchmarks.pools import LIMIT_S, Pool, contestants, heading, in_turns, nothing, open_pool, versions
+from benchmarks.pools import LIMIT_S, Pool, nothing, open_pool
 
-REPEATS = 20
 QUEUED = 12
 LOOK_S = 0.005
 
@@ -35,13 +29,13 @@ def hold(folder: str, name: str) -> int:
     """Say that this task runs, and in which process, and keep running until ``release`` is there."""
     place = Path(folder)
     being_written = place / f".{name}"
-    being_written.write_text(str(os.getpid()))
+    being_written.write_text(f"{os.getpid()} {monotonic()}")
     being_written.rename(place / name)
-    _await(place / "release")
+    await_file(place / "release")
     return 0
 
 
-def _await(path: Path) -> None:
+def await_file(path: Path) -> None:
     end = monotonic() + LIMIT_S
     while not path.exists():
         if monotonic() > end:
@@ -49,23 +43,31 @@ def _await(path: Path) -> None:
         sleep(LOOK_S)
 
 
+def deaths(name: str, count: int) -> dict[str, float]:
+    """From SIGKILL of one of two busy workers to the failure of its future; how many of 13 other tasks succeed."""
+    found = [one_death(name) for _ in range(count)]
+    times = [death.milliseconds for death in found]
+    others = mean(death.others_done for death in found)
+    return {"p50_ms": median(times), "worst_ms": max(times), "others_done": others}
+
+
 def one_death(name: str) -> Death:
     """Kill one of two busy workers of a new pool."""
     pool = open_pool(name, workers=2)
-    try:
-        with TemporaryDirectory() as folder:
-            return _kill_and_look(pool, Path(folder))
-    finally:
-        pool.close()
+    with TemporaryDirectory() as folder:
+        death = _kill_and_look(pool, Path(folder))
+    with suppress(Exception):  # some refuse, once a worker has died
+        pool.shutdown()
+    return death
 
 
 def _kill_and_look(pool: Pool, folder: Path) -> Death:
     victim, survivor = (pool.submit(hold, str(folder), name) for name in ("victim", "survivor"))
     others = [survivor, *(pool.submit(nothing, number) for number in range(QUEUED))]
     try:
-        _await(folder / "victim")
-        _await(folder / "survivor")
-        pid = int((folder / "victim").read_text())
+        await_file(folder / "victim")
+        await_file(folder / "survivor")
+        pid = int((folder / "victim").read_text().split()[0])
         killed = perf_counter()
         os.kill(pid, signal.SIGKILL)
         error = victim.exception(LIMIT_S)
@@ -80,34 +82,20 @@ def _succeeds(future: Future[Any]) -> bool:
     return future.exception(LIMIT_S) is None
 
 
-def _row(name: str, deaths: list[Death]) -> str:
-    times = [death.milliseconds for death in deaths]
-    p99 = quantiles(times, n=100, method="inclusive")[98]
-    done = sum(death.others_done for death in deaths)
-    return f"{name:12}{median(times):>12.1f}{p99:>12.1f}{max(times):>12.1f}{done:>16} of {len(deaths) * (QUEUED + 1)}"
+def overshoots(name: str, limit_s: float, count: int) -> dict[str, float]:
+    """Milliseconds from the moment at which a running task is over its limit to the failure of its future."""
+    pool = open_pool(name, workers=1)
+    times = []
+    for _ in range(count):
+        pool.submit(loaded).result(LIMIT_S)
+        with TemporaryDirectory() as folder:
+            error = pool.limited(limit_s, hold, folder, "running").exception(LIMIT_S)
+            told = monotonic()
+            assert isinstance(error, pool.timed_out), repr(error)
+            began = float(Path(folder, "running").read_text().split()[1])
+        times.append((told - began - limit_s) * 1e3)
+    return {"p50_ms": median(times), "p99_ms": quantiles(times, n=100, method="inclusive")[98]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.latency", description="From a kill to its failed future."
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write versions and every repeat there")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="deaths in every pool (default: %(default)s)")
-    options = parser.parse_args()
-    found = versions()
-    names = contestants(found)
-    print(heading(found), flush=True)
-    deaths: dict[str, list[Death]] = {name: [] for name in names}
-    for name in in_turns(names, options.repeats):
-        deaths[name].append(one_death(name))
-    print(f"{options.repeats} deaths in each pool, in turns; ms from SIGKILL to the failed future\n")
-    print(f"{'':12}{'p50 ms':>12}{'p99 ms':>12}{'worst ms':>12}{'others done':>23}")
-    for name, of_pool in deaths.items():
-        print(_row(name, of_pool))
-    if options.json:
-        repeats = {name: [death._asdict() for death in of_pool] for name, of_pool in deaths.items()}
-        options.json.write_text(json.dumps({"versions": found, "repeats": repeats}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def loaded() -> None:
+    """A worker that has run this has imported this module: a limit counts the time that it takes."""

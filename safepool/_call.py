@@ -1,4 +1,4 @@
-"""One task as the watchdog holds it until its future is done: future, payload, options, and what came of it."""
+"""What is kept of a task beside its future: the options it has, and what came of its attempts so far."""
 
 from __future__ import annotations
 
@@ -11,41 +11,26 @@ from .policy import Retry, TaskOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from ._retry import Judge
 
-PLAIN = TaskOptions()
 DEATHS = 3  # that a task under a tenacity policy may cause, as ``Retry.deaths``
+PLAIN_BYTES = 1024  # up to this size nothing needs to be known of a call
 
 
-class Call:
-    """A submitted call.  Only the watchdog changes it, but for ``ask_policy``."""
+class Record:
+    """Of a task that has failed, and may be tried again.  Only the watchdog changes it, but for ``ask_policy``."""
 
-    __slots__ = ("_judge", "answer", "error", "future", "is_final", "options", "payload", "submitted")
+    __slots__ = ("_judge", "answer", "error", "is_final")
 
-    def __init__(self, future: SafeFuture, payload: Payload, options: TaskOptions, submitted: float) -> None:
-        self.future = future
-        self.payload = payload
-        self.options = options
-        self.submitted = submitted
+    def __init__(self) -> None:
         self.answer: Answer | None = None
         self.error: BaseException | None = None  # in place of the answer
         self.is_final = False  # ``error`` is what the retry policy left, attempts and all
         self._judge: Judge | None = None
 
-    def as_new_task(self) -> e.NewTask:
-        """What the core has to know of it."""
-        task, size, options = self.future._task, self.payload.size_bytes(), self.options
-        if options is PLAIN or (options.timeout is None and options.deadline is None and options.retry is None):
-            return tuple.__new__(e.NewTask, (task, size, None, None, None, False))
-        deadline = None if options.deadline is None else self.submitted + options.deadline
-        if options.retry is None:
-            return e.NewTask(task, size, options.timeout, deadline)
-        if isinstance(options.retry, Retry):
-            return e.NewTask(task, size, options.timeout, deadline, options.retry.deaths)
-        # A tenacity policy may want to see results too.
-        return e.NewTask(task, size, options.timeout, deadline, DEATHS, judge_results=True)
-
-    def ask_policy(self, kind: str, attempt: int, pid: int | None, ended: float) -> float | None:
+    def ask_policy(self, future: SafeFuture, kind: str, attempt: int, pid: int | None, ended: float) -> float | None:
         """On the retries' thread: ask the policy about this attempt, and note the attempt on the future.
 
         How many seconds to wait before the next one; None: the outcome stands.
@@ -53,9 +38,8 @@ class Call:
         if self._judge is None:
             from ._retry import Judge
 
-            assert self.options.retry is not None
-            self._judge = Judge(self.options.retry, self.submitted)
-        future = self.future
+            assert future._kind.options.retry is not None
+            self._judge = Judge(future._kind.options.retry, future._submitted)
         value, error = future._unpickle(self.answer) if self.answer is not None else (None, self.error)
         if error is not None:
             verdict = self._judge.after_error(error, kind, ended)
@@ -70,5 +54,27 @@ class Call:
             self.is_final = True
         return verdict.delay_s
 
-    def __repr__(self) -> str:
-        return f"<Call {self.future} {self.options}>"
+
+def likeness(options: TaskOptions) -> e.NewTask | None:
+    """What the core must know of each task with these options; None: nothing, or more than is the same for all."""
+    if options.deadline is not None or not (options.retry is None or isinstance(options.retry, Retry)):
+        return None
+    if options.timeout is None and options.retry is None:
+        return None
+    return e.NewTask(0, 0, options.timeout, None, None if options.retry is None else options.retry.deaths)
+
+
+def as_task(future: SafeFuture, payload: Payload | tuple[Any, ...]) -> e.NewTask | int:
+    """What the core has to know of it; its number, if that is all but for what is the same for all of its kind."""
+    kind = future._kind
+    size = payload.size_bytes() if isinstance(payload, Payload) else 0
+    if size <= PLAIN_BYTES and (kind.is_plain or kind.like is not None):
+        return future._task
+    options = kind.options
+    deadline = None if options.deadline is None else future._submitted + options.deadline
+    if options.retry is None:
+        return e.NewTask(future._task, size, options.timeout, deadline)
+    if isinstance(options.retry, Retry):
+        return e.NewTask(future._task, size, options.timeout, deadline, options.retry.deaths)
+    # A tenacity policy may want to see results too.
+    return e.NewTask(future._task, size, options.timeout, deadline, DEATHS, judge_results=True)

@@ -1,4 +1,4 @@
-"""Decides.  No I/O, clock, thread, random or pickle: same events, same commands.
+"""Decides, and so what becomes of each task.  No I/O, clock, thread, random or pickle: same events, same commands.
 
 ``Core(policy).handle(event) -> [Command]``, ``next_deadline()`` and ``snapshot()`` are its whole face.
 
@@ -11,73 +11,44 @@ Guarantees:
 
 Assumes: results are reported before the death of their worker; ``WorkerDied`` names what was not
 begun; every command is carried out before the next event.
+
+It is one state machine in two files.  Here is what becomes of tasks: answers, failures, other attempts, the end.  The
+lower half, ``_seats``, is who gets what, when; it calls nothing of this one.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from . import _events as e
 from ._events import STALL, Command, Event, Failure
 from ._records import Task, Worker
-from ._tables import POOL_EDGES, TASK_EDGES, WORKER_EDGES, IllegalTransition, PoolState, TaskState, WorkerState
-from ._timers import Timers
+from ._seats import Seats
+from ._tables import POOL_EDGES, IllegalTransition, PoolState, TaskState, WorkerState
+from ._timers import always
 from .policy import PoolPolicy
 
 W, T, P = WorkerState, TaskState, PoolState
 
-BOOT_LIMIT_S = 60.0  # from launch to the worker's first word; its initializer is not included
-RETIRE_GRACE_S = 5.0  # from AskExit to a kill
-UNFIT_GRACE_S = 1.0  # for a worker whose initializer failed to end by itself
-STARVED_S = 0.8  # a waiting task without a live or starting worker; under the promised second
-TERM_GRACE_S = 2.0  # from SIGTERM to SIGKILL
-KILL_AGAIN_S = (1.0, 4.0)  # SIGKILL is repeated once, then the worker is given up (D state)
 ANSWER_LIMIT_S = 60.0  # for a retry policy to think, those of other tasks before it included
-RESPAWN_DELAYS_S = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 5.0)  # after failed starts, or idle deaths, in a row
-HURRIED_S = 0.2  # the longest of them while nobody else is there to work: promise 1 has a second in all
 START_FAILURES = 4  # in a row, beyond one per seat: then the pool is broken
 SHORTAGE_S = 3.0  # that a waiting task bears with a system that starts no process
 UNBEGUN_DEATHS = 3  # workers that died with the same task next in line: then it is the task
-ACK_LIMIT_S = 10.0  # for an idle worker to begin what it is sent; after that it is frozen
-READ_BYTES_PER_S = 1e6  # and more time for big calls
 PURSUE_AGAIN_S = 1.0
-AHEAD_S = 0.020  # work kept at a worker, so that it never waits for us
-AHEAD_TASKS = 256
-AHEAD_BYTES = 256 * 1024
 
 
-class Core:
+class Core(Seats):
     """The state machine of one pool.  See the head of this file for what it guarantees."""
 
     def __init__(self, policy: PoolPolicy) -> None:
-        self._policy = policy
-        self._state = P.OPEN
+        super().__init__(policy)
         self._broken_by: Failure | None = None
-        self._tasks: dict[int, Task] = {}
-        self._workers: dict[int, Worker] = {}
-        self._queue: deque[Task] = deque()  # may hold settled tasks; they are passed over
-        self._queued = 0
-        self._idle: dict[int, Worker] = {}  # the last is the warmest
-        self._starting = 0
-        self._fit = 0  # starting, idle or busy: what can make progress
-        self._timers = Timers()
-        self._at = self._timers.at
-        self._worker_number = 0
         self._failed_starts = 0
         self._short_since: float | None = None  # starts are refused, and a task waits, since then
         self._idle_deaths = 0  # in a row, without a finished task between them
-        self._spawn_from = 0.0
-        self._manned = 0  # seats that were in use at some time; a dead worker's is filled again
-        self._starved = False
-        self._balancing = False
-        self._mean_s: float | None = None
         self._moved_at = 0.0  # a task began or ended, or a worker got ready
         self._stall_is_watched = False
-        self._now = 0.0
-        self._out: list[Command] = []
 
     # ------------------------------------------------------------------ face
 
@@ -89,11 +60,11 @@ class Core:
         self._assign()
         self._man_the_seats()
         self._level()
-        if self._policy.stall_timeout is not None and self._tasks and not self._stall_is_watched:
+        if self._policy.stall_timeout is not None and self._unsettled and not self._stall_is_watched:
             self._stall_is_watched = True
             self._moved_at = self._now
-            self._at(self._now + self._policy.stall_timeout, _always, self._look_for_stall, self._policy.stall_timeout)
-        if self._state is not P.OPEN and not self._tasks:
+            self._at(self._now + self._policy.stall_timeout, always, self._look_for_stall, self._policy.stall_timeout)
+        if self._state is not P.OPEN and not self._unsettled:
             self._wind_up()
         return self._out
 
@@ -102,20 +73,19 @@ class Core:
         return self._timers.next_deadline()
 
     def snapshot(self) -> e.Snapshot:
+        tasks = {number: task.state.value for number, task in self._tasks.items()}
+        tasks.update((number, T.QUEUED.value) for number in self._plain_in_queue())
+        for worker in self._workers.values():
+            tasks.update((number, T.SENT.value) for number in worker.sent if type(number) is int)
+            if worker.begun and type(worker.sent[0]) is int:
+                tasks[worker.sent[0]] = T.RUNNING.value
         return e.Snapshot(
             self._state.value,
-            {number: task.state.value for number, task in self._tasks.items()},
+            tasks,
             {number: worker.state.value for number, worker in self._workers.items()},
             len(self._timers.alive()),
             {"queued": self._queued, "failed_starts": self._failed_starts, "mean_s": self._mean_s},
         )
-
-    def state_of(self, task: int) -> str:
-        """The state of a task in a word, and where; for messages."""
-        found = self._tasks.get(task)
-        if found is None:
-            return "settled"
-        return found.state.value if found.worker is None else f"{found.state.value} at worker {found.worker}"
 
     def is_closed(self) -> bool:
         return self._state is P.CLOSED
@@ -123,32 +93,52 @@ class Core:
     def __repr__(self) -> str:
         states = [worker.state.value for worker in self._workers.values()]
         told = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "none"
-        return f"<Core {self._state.value}: {len(self._tasks)} tasks ({self._queued} queued), workers: {told}>"
+        return f"<Core {self._state.value}: {self._unsettled} tasks ({self._queued} queued), workers: {told}>"
 
     # ---------------------------------------------------- tasks come and go
 
     def _on_submitted(self, event: e.TasksSubmitted) -> None:
-        for new in event.tasks:
-            task = self._tasks[new.task] = Task(new)
-            self._queued += 1
-            if self._broken_by is not None:
-                self._settle(task, self._broken_by)
-            elif self._state is P.CANCELLING or self._state is P.CLOSED:
-                self._settle(task, Failure("cancelled"))
-            else:
-                self._queue.append(task)
+        count = len(event.tasks)
+        self._unsettled += count
+        self._queued += count
+        if event.like is not None:
+            self._like.update(dict.fromkeys(event.tasks, event.like))  # type: ignore[arg-type]
+        if self._broken_by is not None or self._state is P.CANCELLING or self._state is P.CLOSED:
+            for new in event.tasks:
+                self._settle(self._made_known(new), self._broken_by or Failure("cancelled"))
+        elif event.plain:
+            self._queue.extend(event.tasks)  # type: ignore[arg-type]
+        else:
+            for new in event.tasks:
+                if isinstance(new, int):
+                    self._queue.append(new)
+                    continue
+                self._queue.append(self._made_known(new))
+                self._known_in_queue += 1
                 if new.deadline is not None:
                     self._at(new.deadline, self._is_live, self._deadline_reached, new.task)
 
-    def _on_wanted(self, event: e.WorkerWanted) -> None:
-        # Also beside a worker that has nothing to do: if one of the stock pool's has not worked yet, it starts another.
-        most = self._policy.max_workers
-        self._manned = most if self._policy.start_all else min(most, max(self._manned, len(self._workers) + 1))
-
     def _on_cancel(self, event: e.CancelRequested) -> None:
-        task = self._tasks.get(event.task)
+        if event.unsent and event.task not in self._tasks:
+            self._withdrawn.add(event.task)  # (a search for each of a million would be long)
+            self._end_waiting([event.task])
+            return
+        task = self._found(event.task)
         if task is not None:
             self._withdraw(task, Failure("cancelled"), even_running=event.kill)
+
+    def _on_range_cancelled(self, event: e.RangeCancelled) -> None:
+        waiting = [task for task in self._plain_in_queue() if event.first <= task <= event.last]
+        self._withdrawn.update(waiting)
+        self._end_waiting(waiting)
+
+    def _end_waiting(self, tasks: list[int]) -> None:
+        """Plain ones, that are cancelled."""
+        if tasks:
+            self._forget_like(tasks)
+            self._unsettled -= len(tasks)
+            self._queued -= len(tasks)
+            self._out.append(e.Cancel(tuple(tasks)))
 
     def _withdraw(self, task: Task, why: Failure, *, even_running: bool) -> None:
         """Settle a task before it answers; what runs is killed first if ``even_running``."""
@@ -183,7 +173,7 @@ class Core:
         if worker is None:
             return
         self._requeue(worker, event.tasks)
-        for task in tuple(worker.sent):
+        for task in tuple(self._make_known(worker)):
             if task.wish is not None and not task.wish_kills:
                 task.wish = None  # it has begun: too late to cancel
             elif task.wish is not None and len(worker.sent) == 1:
@@ -210,7 +200,7 @@ class Core:
 
     def _on_withheld(self, event: e.Withheld) -> None:
         worker = self._workers[event.worker]
-        for task in worker.sent:
+        for task in self._make_known(worker):
             if task.new.task in event.tasks:
                 task.wish = Failure("cancelled")
         self._requeue(worker, event.tasks)
@@ -218,11 +208,13 @@ class Core:
     def _requeue(self, worker: Worker, numbers: Iterable[int]) -> None:
         """Put unbegun tasks back to the head of the queue, in their old order, without counting an attempt."""
         unbegun = set(numbers)
-        back = [task for task in worker.sent if task.new.task in unbegun]
+        sent = self._make_known(worker)
+        back = [task for task in sent if task.new.task in unbegun]
         if not back:
             return
-        worker.sent = deque(task for task in worker.sent if task.new.task not in unbegun)
-        worker.sent_bytes = sum(task.new.size_bytes for task in worker.sent)
+        stay = [task for task in sent if task.new.task not in unbegun]
+        worker.sent = deque(stay)
+        worker.sent_bytes = sum(task.new.size_bytes for task in stay)
         if worker.left is not None:
             worker.left += len(back)
         if not worker.sent:
@@ -234,6 +226,7 @@ class Core:
             task.worker = None
             self._move_task(task, T.QUEUED)
             self._queue.appendleft(task)
+            self._known_in_queue += 1
             self._queued += 1
             wish, task.wish = task.wish, None
             if wish is not None:
@@ -251,6 +244,7 @@ class Core:
             self._queued -= 1
         self._move_task(task, T.SETTLED)
         del self._tasks[task.new.task]
+        self._unsettled -= 1
         task.worker = None
         if failure is None and task.ok is None:
             failure = task.failure
@@ -271,32 +265,56 @@ class Core:
         worker = self._workers.get(event.worker)
         if worker is None or worker.state not in (W.BUSY, W.KILLING):
             return
-        done: list[int] = []
-        for number, ok in event.finished:
-            task = self._pop_sent(worker, number)
-            if task is None:
-                continue
-            task.ok = ok
-            if task.new.deaths is None or (ok and not task.new.judge_results):
-                self._move_task(task, T.SETTLED)
-                del self._tasks[number]
-                done.append(number)
-            else:
-                self._attempt_failed(task, Failure("result" if ok else "error", worker.number))
-        if done:
-            self._out.append(e.Resolve(tuple(done)))
-        self._moved_at = self._now
         if event.finished:
-            self._failed_starts = self._idle_deaths = 0
-            # Quick to believe that tasks are long, slow to believe that they are short.
-            mean = self._mean_s
-            self._mean_s = event.run_s if mean is None else max(event.run_s, 0.8 * mean + 0.2 * event.run_s)
+            self._moved_at = self._now
+            self._finished(worker, event)
         if event.begun is not None:
             self._task_began(worker, event.begun)
         if worker.state is W.BUSY:
             self._after_answers(worker)
-        elif worker.sent and worker.kills == 0 and worker.sent[0].new.task in dict(event.finished):
+        elif worker.sent and worker.kills == 0 and worker.number_at_head() in event.finished:
             self._kill(worker)  # what was to end has ended within its grace: there is nothing to wait for
+
+    def _finished(self, worker: Worker, event: e.Received) -> None:
+        sent, done = worker.sent, list[int]()
+        finished: Sequence[int] = event.finished
+        if len(finished) <= len(sent) and not (event.raised and self._like):
+            heads = [sent.popleft() for _ in finished]
+            if tuple(heads) == finished:  # all plain, as nearly always: nothing else need be known of them
+                worker.begun = False
+                self._forget_like(finished)
+                self._unsettled -= len(heads)
+                done, finished = list(finished), ()
+            else:
+                sent.extendleft(reversed(heads))
+        for number in finished:
+            if sent and sent[0] == number and number in event.raised and number in self._like:
+                head = sent[0] = self._made_known(number)
+                head.state, head.worker = T.RUNNING, worker.number
+            if sent and sent[0] == number:  # plain: it may have raised, and that is its outcome
+                self._like.pop(number, None)
+                sent.popleft()
+                worker.begun = False
+                self._unsettled -= 1
+                done.append(number)
+                continue
+            task = self._pop_sent(worker, number)
+            if task is None:
+                continue
+            task.ok = number not in event.raised
+            if task.new.deaths is None or (task.ok and not task.new.judge_results):
+                self._move_task(task, T.SETTLED)
+                del self._tasks[number]
+                self._unsettled -= 1
+                done.append(number)
+            else:
+                self._attempt_failed(task, Failure("result" if task.ok else "error", worker.number))
+        if done:
+            self._out.append(e.Resolve(tuple(done)))
+        self._failed_starts = self._idle_deaths = 0
+        # Quick to believe that tasks are long, slow to believe that they are short.
+        mean = self._mean_s
+        self._mean_s = event.run_s if mean is None else max(event.run_s, 0.8 * mean + 0.2 * event.run_s)
 
     def _after_answers(self, worker: Worker) -> None:
         if worker.sent and not worker.begun:
@@ -307,10 +325,15 @@ class Core:
             self._move_worker(worker, W.IDLE)
 
     def _pop_sent(self, worker: Worker, number: int) -> Task | None:
-        """The task as it leaves the worker; None for an answer nobody waits for."""
-        if not worker.sent or worker.sent[0].new.task != number or worker.sent[0].state is T.DOOMED:
+        """The task as it leaves the worker; None for an answer nobody waits for.
+
+        That of a doomed one comes too late; but not those of others that its worker went on to, see Scenario 6.
+        """
+        known = (task for task in worker.sent if isinstance(task, Task))
+        task = next((task for task in known if task.state is not T.DOOMED), None)
+        if task is None or task.new.task != number:
             return None
-        task = worker.sent.popleft()
+        worker.sent.remove(task)
         if task.wish is not None:
             task.wish = None
         worker.sent_bytes -= task.new.size_bytes
@@ -318,17 +341,26 @@ class Core:
         return task
 
     def _task_began(self, worker: Worker, number: int) -> None:
-        if not worker.sent or worker.sent[0].new.task != number or worker.sent[0].state is not T.SENT:
+        head = worker.sent[0] if worker.sent else None
+        if head is None or worker.begun or worker.number_at_head() != number:
             return
-        task = worker.sent[0]
+        if isinstance(head, Task) and head.state is not T.SENT:
+            return
         worker.begun, worker.begun_at = True, self._now
+        self._moved_at = self._now
         self._failed_starts = 0
-        self._move_task(task, T.RUNNING)
         self._out.append(e.Began(number, worker.number))
-        if task.wish is not None and task.wish_kills:
-            self._pursue(task)
-        elif task.new.timeout is not None:
-            self._at(self._now + task.new.timeout, self._is_attempt, self._limit_reached, number, task.attempt)
+        if not isinstance(head, Task):
+            like = self._like.get(head)
+            if like is not None and like.timeout is not None:
+                due = self._now + like.timeout
+                self._at(due, self._is_at_head, self._limit_of_head_reached, worker.number, number, self._now)
+            return
+        self._move_task(head, T.RUNNING)
+        if head.wish is not None and head.wish_kills:
+            self._pursue(head)
+        elif head.new.timeout is not None:
+            self._at(self._now + head.new.timeout, self._is_attempt, self._limit_reached, number, head.attempt)
 
     def _is_attempt(self, number: int, attempt: int) -> bool:
         task = self._tasks.get(number)
@@ -338,13 +370,25 @@ class Core:
         task = self._tasks[number]
         self._withdraw(task, Failure("timeout", task.worker, seconds=task.new.timeout or 0.0), even_running=True)
 
+    def _is_at_head(self, worker_number: int, number: int, begun_at: float) -> bool:
+        worker = self._workers.get(worker_number)
+        if worker is None or not worker.begun or worker.begun_at != begun_at or not worker.sent:
+            return False
+        return worker.number_at_head() == number
+
+    def _limit_of_head_reached(self, worker_number: int, number: int, begun_at: float) -> None:
+        self._make_known(self._workers[worker_number])
+        self._limit_reached(number, 1)
+
     def _look_for_stall(self, stall_s: float) -> None:
         """What runs is stopped when nothing has moved for so long, and what starts: what waits may do better."""
-        self._stall_is_watched = bool(self._tasks)
-        if not self._tasks:
+        self._stall_is_watched = bool(self._unsettled)
+        if not self._unsettled:
             return
         if self._now >= self._moved_at + stall_s:
             self._moved_at = self._now
+            for worker in self._workers.values():
+                self._make_known(worker)
             for task in tuple(self._tasks.values()):
                 if task.state is T.RUNNING:
                     why = Failure("timeout", task.worker, seconds=stall_s, reason=STALL)
@@ -352,7 +396,7 @@ class Core:
             for worker in tuple(self._workers.values()) if self._queued else ():
                 if worker.state is W.STARTING and worker.booted:
                     self._kill(worker, ours=False)  # its initializer is stuck
-        self._at(self._moved_at + stall_s, _always, self._look_for_stall, stall_s)
+        self._at(self._moved_at + stall_s, always, self._look_for_stall, stall_s)
 
     def _doom(self, task: Task, worker: Worker) -> None:
         """The task ends with its worker, which holds nothing else."""
@@ -416,14 +460,10 @@ class Core:
         task = self._tasks[number]
         self._move_task(task, T.QUEUED)
         self._queue.append(task)
+        self._known_in_queue += 1
         self._queued += 1
 
     # ------------------------------------------------- workers come and go
-
-    def _on_booted(self, event: e.WorkerBooted) -> None:
-        worker = self._workers.get(event.worker)
-        if worker is not None:
-            worker.booted = True
 
     def _on_ready(self, event: e.WorkerReady) -> None:
         worker = self._workers.get(event.worker)
@@ -434,15 +474,6 @@ class Core:
         self._failed_starts = 0
         self._short_since = None
         self._move_worker(worker, W.IDLE)
-
-    def _on_unfit(self, event: e.WorkerUnfit) -> None:
-        worker = self._workers.get(event.worker)
-        if worker is None:
-            return
-        worker.unfit = event.reason
-        if worker.state is W.STARTING:
-            # It ends by itself.  What it logs is on its way: a kill now would lose it.
-            self._retire(worker, UNFIT_GRACE_S)
 
     def _on_spawn_failed(self, event: e.SpawnFailed) -> None:
         worker = self._workers.get(event.worker)
@@ -472,38 +503,26 @@ class Core:
             return
         self._delay_spawn(self._failed_starts)
 
-    def _delay_spawn(self, row: int) -> None:
-        self._spawn_at(self._now + RESPAWN_DELAYS_S[min(row, len(RESPAWN_DELAYS_S) - 1)])
-
-    def _spawn_at(self, when: float) -> None:
-        self._spawn_from = when
-        if when > self._now:
-            self._at(when, _always, _nothing)
-
-    def _on_channel_lost(self, event: e.ChannelLost) -> None:
-        worker = self._workers.get(event.worker)
-        if worker is not None and worker.state in (W.STARTING, W.IDLE, W.BUSY):
-            worker.lost = event.reason
-            self._kill(worker, ours=False)
-
     def _on_died(self, event: e.WorkerDied) -> None:
         worker = self._workers.get(event.worker)
         if worker is None:
             return
-        # A worker sends the answer of one task before it runs the next: whatever it had drawn
-        # tickets for, only the first without an answer can have run.
-        first = worker.sent[0] if worker.sent else None
-        begun = first is not None and (first.state is T.DOOMED or first.new.task not in event.unbegun)
-        self._requeue(worker, [task.new.task for task in worker.sent if not begun or task is not first])
+        # A worker sends the answer of one task before it runs the next, so only one can have begun.
+        # Scenario 6: (a) its task is doomed, with others behind it that it has tickets for, (b) it answers, too late,
+        # and begins the next one, (c) the kill arrives.  Then both have, and neither may run again unasked.
+        sent = self._make_known(worker)
+        first = sent[0] if sent else None
+        unbegun = set(event.unbegun)
+        begun = [task for task in sent if task.state is T.DOOMED or task.new.task not in unbegun]
+        self._requeue(worker, unbegun.difference(task.new.task for task in begun))
         worker.sent.clear()
         self._bury(worker)
-        if first is not None and begun:
+        if begun:
             self._moved_at = self._now
-            doomed = first.state is T.DOOMED and first.failure is not None
             death = Failure("death", worker.number, event.exitcode, reason=worker.lost, peak_bytes=event.peak_bytes)
-            why = first.failure if doomed else death
-            assert why is not None
-            self._attempt_failed(first, why)
+            for task in begun:
+                doom = task.failure if task.state is T.DOOMED else None
+                self._attempt_failed(task, doom or death)
         elif first is not None and first.state is T.QUEUED and not worker.ended_by_us:
             self._blame_unbegun(first, event)
         if worker.unfit:
@@ -531,56 +550,6 @@ class Core:
         if task.near_deaths >= UNBEGUN_DEATHS:
             self._settle(task, Failure("poison", event.worker, event.exitcode, deaths=task.near_deaths))
 
-    def _bury(self, worker: Worker) -> None:
-        self._move_worker(worker, W.DEAD)
-        del self._workers[worker.number]
-
-    def _retire(self, worker: Worker, grace_s: float | None = None) -> None:
-        self._move_worker(worker, W.RETIRING)
-        worker.ended_by_us = True
-        self._out.append(e.AskExit(worker.number))
-        grace_s = RETIRE_GRACE_S if grace_s is None else grace_s
-        self._at(self._now + grace_s, self._is_retiring, self._retire_overdue, worker.number)
-
-    def _is_retiring(self, number: int) -> bool:
-        worker = self._workers.get(number)
-        return worker is not None and worker.state is W.RETIRING
-
-    def _retire_overdue(self, number: int) -> None:
-        self._kill(self._workers[number])
-
-    def _kill(self, worker: Worker, *, hard: bool = True, ours: bool = True, grace_s: float = TERM_GRACE_S) -> None:
-        """A request: only ``WorkerDied`` ends a worker and frees its seat."""
-        if worker.state is not W.KILLING:
-            self._move_worker(worker, W.KILLING)
-            worker.ended_by_us = ours
-        self._out.append(e.Kill(worker.number, hard))
-        if not hard:
-            wait = grace_s
-        else:
-            wait = KILL_AGAIN_S[min(worker.kills, len(KILL_AGAIN_S) - 1)]
-            worker.kills += 1
-        self._at(self._now + wait, self._is_dying, self._kill_overdue, worker.number, worker.kills)
-
-    def _is_dying(self, number: int, kills: int) -> bool:
-        worker = self._workers.get(number)
-        return worker is not None and worker.state is W.KILLING and worker.kills == kills
-
-    def _kill_overdue(self, number: int, kills: int) -> None:
-        worker = self._workers[number]
-        if kills < len(KILL_AGAIN_S):
-            self._kill(worker)
-            return
-        # A process in uninterruptible sleep ignores even SIGKILL.  Its task must not wait for it.
-        self._out.append(e.Abandon(number))
-
-    def _boot_overdue(self, number: int) -> None:
-        self._kill(self._workers[number], ours=False)
-
-    def _is_booting(self, number: int) -> bool:
-        worker = self._workers.get(number)
-        return worker is not None and worker.state is W.STARTING and not worker.booted
-
     # ------------------------------------------------------- the whole pool
 
     def _on_shutdown(self, event: e.ShutdownRequested) -> None:
@@ -601,10 +570,14 @@ class Core:
         A worker that starts has a task as good as running: the stock pool had handed it out by now,
         and code that cancels at shutdown counts on something being done.
         """
-        heads = itertools.islice((task for task in self._queue if task.state is T.QUEUED), spared)
-        kept = {task.new.task for task in heads}
+        plain = set(self._plain_in_queue())
+        waiting = [one for one in self._queue if one in plain or (isinstance(one, Task) and one.state is T.QUEUED)]
+        self._forget_queue()
+        self._queue.extend(waiting[:spared])
+        self._known_in_queue = sum(isinstance(one, Task) for one in self._queue)
+        self._end_waiting([one for one in waiting[spared:] if isinstance(one, int)])
         for task in tuple(self._tasks.values()):
-            if task.state is T.BACKOFF or (task.state is T.QUEUED and task.new.task not in kept):
+            if task.state is T.BACKOFF or (task.state is T.QUEUED and task not in self._queue):
                 self._settle(task, Failure("cancelled"))
             elif task.state is T.ASKED:
                 self._settle(task)
@@ -614,7 +587,7 @@ class Core:
         self._cancel_waiting(spared=0)
         for worker in tuple(self._workers.values()):
             # What was sent may have begun: it ends as one whose worker was ended.
-            for task in tuple(worker.sent):
+            for task in tuple(self._make_known(worker)):
                 self._settle(task, Failure("terminated", worker.number))
             self._empty(worker)
             if worker.state is not W.KILLING or event.hard:
@@ -627,6 +600,11 @@ class Core:
         self._move_pool(P.BROKEN)
         self._broken_by = failure
         self._out.append(e.Break(failure))
+        for one in self._plain_in_queue():
+            self._made_known(one)
+        self._forget_queue()
+        for worker in self._workers.values():
+            self._make_known(worker)
         for task in tuple(self._tasks.values()):
             self._settle(task, failure)
         for worker in self._workers.values():
@@ -639,6 +617,7 @@ class Core:
         if len(worker.sent) > worker.begun:
             self._out.append(e.TakeBack(worker.number))
         worker.sent.clear()
+        worker.begun = False
 
     def _wind_up(self) -> None:
         """No task is left and none may come: send the workers home, then close."""
@@ -657,184 +636,16 @@ class Core:
     def _on_tick(self, event: e.Ticked) -> None:
         self._timers.fire(event.now)
 
-    # ------------------------------------------------- who gets what, when
-
-    def _assign(self) -> None:
-        if not self._queued:
-            if self._queue:
-                self._queue.clear()
-            return
-        if self._state is P.BROKEN or self._state is P.CLOSED:
-            return
-        while self._idle and self._queued:
-            worker = self._idle[next(reversed(self._idle))]
-            if not self._send(worker, self._share()):
-                break
-        if self._queued and self._mean_s is not None and self._policy.take_back:
-            share = self._share()
-            if share <= 1:
-                return
-            for worker in self._workers.values():
-                room = share - len(worker.sent)
-                # Refill at half, so that each Send carries many.
-                if worker.state is W.BUSY and room * 2 >= share and not self._is_slow(worker):
-                    self._send(worker, room)
-                    if not self._queued:
-                        return
-
-    def _share(self) -> int:
-        """How many tasks one worker should hold: about ``AHEAD_S`` of work, but never others' fair part."""
-        if self._mean_s is None or not self._policy.take_back:
-            return 1
-        ahead = AHEAD_TASKS if self._mean_s <= 0 else int(AHEAD_S / self._mean_s)
-        fair = -(-self._queued // self._policy.max_workers)
-        return max(1, min(ahead, AHEAD_TASKS, fair))
-
-    def _is_slow(self, worker: Worker) -> bool:
-        return worker.begun and self._now - worker.begun_at >= AHEAD_S
-
-    def _send(self, worker: Worker, most: int) -> bool:
-        if worker.left is not None:
-            most = min(most, worker.left)
-        batch: list[int] = []
-        queue = self._queue
-        while queue and len(batch) < most:
-            task = queue[0]
-            if task.state is not T.QUEUED:
-                queue.popleft()  # settled while it waited
-                continue
-            if worker.sent and worker.sent_bytes + task.new.size_bytes > AHEAD_BYTES:
-                break
-            queue.popleft()
-            self._queued -= 1
-            self._move_task(task, T.SENT)
-            task.worker = worker.number
-            worker.sent.append(task)
-            worker.sent_bytes += task.new.size_bytes
-            batch.append(task.new.task)
-        if batch:
-            if worker.left is not None:
-                worker.left -= len(batch)
-            if worker.state is W.IDLE:
-                self._move_worker(worker, W.BUSY)
-                self._await_start(worker)
-            self._out.append(e.Send(worker.number, tuple(batch)))
-        return bool(batch)
-
-    def _await_start(self, worker: Worker) -> None:
-        """Scenario 6: an idle worker is stopped, or stuck, and gets a task, whose timeout never starts."""
-        worker.quiet_since = self._now
-        if not worker.start_is_awaited:
-            worker.start_is_awaited = True
-            self._at(self._now + ACK_LIMIT_S, self._is_here, self._look_for_start, worker.number)
-
-    def _is_here(self, number: int) -> bool:
-        return number in self._workers
-
-    def _look_for_start(self, number: int) -> None:
-        worker = self._workers[number]
-        worker.start_is_awaited = False
-        if worker.state is W.BUSY and worker.sent[0].state is T.SENT:
-            due = worker.quiet_since + ACK_LIMIT_S + worker.sent_bytes / READ_BYTES_PER_S
-            if self._now >= due:
-                self._kill(worker)
-            else:
-                worker.start_is_awaited = True
-                self._at(due, self._is_here, self._look_for_start, number)
-
-    def _man_the_seats(self) -> None:
-        """Promise 1: a task that waits has a worker that lives or starts.  And a seat once manned stays so."""
-        most = self._policy.max_workers
-        wanted = 0
-        if self._queued:
-            wanted = min(most, most if self._policy.start_all else len(self._workers) + self._queued - self._starting)
-            self._manned = max(self._manned, wanted)
-        if self._state is P.OPEN:
-            wanted = self._manned
-        if self._queued and self._fit == self._starting and self._spawn_from > self._now + HURRIED_S:
-            self._spawn_at(self._now + HURRIED_S)
-        if self._now >= self._spawn_from:
-            for _ in range(wanted - len(self._workers)):
-                self._spawn()
-        if self._queued and self._fit == 0 and not self._starved and self._workers:
-            # Every seat is held by a worker that retires or is being killed.
-            self._starved = True
-            self._at(self._now + STARVED_S, _always, self._starved_too_long)
-
-    def _spawn(self) -> None:
-        self._worker_number += 1
-        worker = Worker(self._worker_number, self._policy.max_tasks_per_child)
-        self._workers[worker.number] = worker
-        self._starting += 1
-        self._fit += 1
-        self._out.append(e.Spawn(worker.number))
-        self._at(self._now + BOOT_LIMIT_S, self._is_booting, self._boot_overdue, worker.number)
-
-    def _starved_too_long(self) -> None:
-        self._starved = False
-        if self._queued and self._fit == 0:
-            for worker in tuple(self._workers.values()):
-                if worker.state is W.RETIRING:
-                    self._kill(worker)
-
-    def _level(self) -> None:
-        """Tasks that wait behind a slow one go to a worker, or a seat, that is free."""
-        free = bool(self._idle) or len(self._workers) < self._policy.max_workers
-        if self._queued or not free or self._balancing or self._mean_s is None:
-            return
-        for worker in self._workers.values():
-            if worker.begun and len(worker.sent) > 1 and worker.state is W.BUSY:
-                self._balancing = True
-                self._at(max(worker.begun_at, self._now) + AHEAD_S, _always, self._level_now)
-                return
-
-    def _level_now(self) -> None:
-        self._balancing = False
-        if self._queued:
-            return
-        for worker in self._workers.values():
-            if worker.state is W.BUSY and len(worker.sent) > 1 and self._is_slow(worker):
-                self._out.append(e.TakeBack(worker.number))
-
-    # --------------------------------------------------------------- plumbing
-
-    def _move_task(self, task: Task, to: TaskState) -> None:
-        if to not in TASK_EDGES[task.state]:
-            raise IllegalTransition(f"{task!r} may not become {to.value}")
-        task.state = to
-
-    def _move_worker(self, worker: Worker, to: WorkerState) -> None:
-        was = worker.state
-        if to not in WORKER_EDGES[was]:
-            raise IllegalTransition(f"{worker!r} may not become {to.value}")
-        worker.state = to
-        if was is W.IDLE:
-            del self._idle[worker.number]
-        elif was is W.STARTING:
-            self._starting -= 1
-        if to is W.IDLE:
-            self._idle[worker.number] = worker
-        self._fit += (to in _FIT) - (was in _FIT)
-
     def _move_pool(self, to: PoolState) -> None:
         if to not in POOL_EDGES[self._state]:
             raise IllegalTransition(f"a pool that is {self._state.value} may not become {to.value}")
         self._state = to
 
 
-_FIT = frozenset({W.STARTING, W.IDLE, W.BUSY})
-
-
-def _always(*key: Any) -> bool:
-    return True
-
-
-def _nothing(*key: Any) -> None:
-    """A timer that only wants ``handle`` to look again."""
-
-
 _HANDLERS: dict[type, str] = {
     e.TasksSubmitted: "_on_submitted",
+    e.SentDirectly: "_on_sent_directly",
+    e.RangeCancelled: "_on_range_cancelled",
     e.WorkerWanted: "_on_wanted",
     e.CancelRequested: "_on_cancel",
     e.WorkerBooted: "_on_booted",

@@ -56,16 +56,32 @@ class NewTask(NamedTuple):
 
 
 class TasksSubmitted(NamedTuple):
+    """``tasks``: in order; a plain one, with nothing to be known of it, is its number.
+
+    ``plain``: all are numbers; ``like``: and what is to be known of each is the same (but for its number).
+    """
+
     now: float
-    tasks: tuple[NewTask, ...]
+    tasks: tuple[NewTask | int, ...]
+    plain: bool = False
+    like: NewTask | None = None
+
+
+class SentDirectly(NamedTuple):
+    """A caller has sent this new plain task to a worker that was lent to it: see ``Core.lendable``."""
+
+    now: float
+    worker: int
+    task: int
 
 
 class CancelRequested(NamedTuple):
-    """A user cancelled the task; with ``kill`` also if it is running."""
+    """A user cancelled the task; with ``kill`` also if it is running.  ``unsent``: it is in the queue, surely."""
 
     now: float
     task: int
     kill: bool = False
+    unsent: bool = False
 
 
 class WorkerBooted(NamedTuple):
@@ -91,15 +107,24 @@ class WorkerUnfit(NamedTuple):
 class Received(NamedTuple):
     """All that one wake-up read from one worker: ``finished`` in order, then the task it has ``begun``.
 
-    ``finished`` pairs a task with whether it returned (True) or raised (False); ``run_s`` is the
-    mean run time of the finished ones, in seconds.
+    ``raised``: those of them that did not return; ``run_s``: the mean run time of the finished ones, in seconds.
+    That a plain task has begun at a worker that had nothing to do is not told, but answered to ``Look``.
     """
 
     now: float
     worker: int
-    finished: tuple[tuple[int, bool], ...]
+    finished: tuple[int, ...]
     begun: int | None = None
     run_s: float = 0.0
+    raised: frozenset[int] = frozenset()
+
+
+class RangeCancelled(NamedTuple):
+    """A user wants none of the tasks from ``first`` to ``last`` any more, which are plain; those in the queue go."""
+
+    now: float
+    first: int
+    last: int
 
 
 class Withheld(NamedTuple):
@@ -180,7 +205,9 @@ class Ticked(NamedTuple):
 
 Event = (
     TasksSubmitted
+    | SentDirectly
     | CancelRequested
+    | RangeCancelled
     | WorkerWanted
     | WorkerBooted
     | WorkerReady
@@ -205,12 +232,21 @@ class Spawn(NamedTuple):
 
 
 class Send(NamedTuple):
+    """``together``: so many plain tasks at most may share a ticket, and be answered together."""
+
     worker: int
     tasks: tuple[int, ...]
+    together: int = 1
 
 
 class TakeBack(NamedTuple):
     """Take back what this worker has not begun; answered by ``TakenBack``, also if it is nothing."""
+
+    worker: int
+
+
+class Look(NamedTuple):
+    """See whether this worker has begun the next of its tasks; answered by ``Received`` if it has."""
 
     worker: int
 
@@ -268,13 +304,19 @@ class Fail(NamedTuple):
     failure: Failure
 
 
+class Cancel(NamedTuple):
+    """These tasks end as cancelled."""
+
+    tasks: tuple[int, ...]
+
+
 class Close(NamedTuple):
     """Nothing is left: no task, no worker."""
 
 
-Command = (
-    Spawn | Send | TakeBack | AskExit | Kill | Abandon | Began | Requeue | AskRetry | Break | Resolve | Fail | Close
-)
+ToWorkers = Spawn | Send | TakeBack | Look | AskExit | Kill | Abandon
+OfTasks = Began | Requeue | AskRetry | Resolve | Fail | Cancel
+Command = ToWorkers | OfTasks | Break | Close
 
 
 class Snapshot(NamedTuple):

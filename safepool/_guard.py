@@ -17,17 +17,20 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from . import _os, _registry, _summary, _tags
 from ._families import MOST_TOLD
 from ._os import linux
 from ._packets import receive, send
+from ._shapes import NamedTuple
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+    from typing import Any, NoReturn
+
     from ._packets import Left
 
 #: What the program is to decide upon: it is passed on, unless the terminal has sent it to the program, too.
@@ -35,6 +38,7 @@ PASSED_ON = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
     signal.SIGCONT, signal.SIGWINCH,
 )  # fmt: skip
+PROGRAM = "SAFEPOOL_PROGRAM"  # the pid of the command: what it starts finds that it is another process
 LIMIT = 0  # what the guard is told at the time limit, in the place of a signal
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as a shell has it
 UNKNOWN = 1  # an exit status that somebody else has taken
@@ -265,6 +269,7 @@ class _Guard:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
     def _become(self, command: list[str], environ: Mapping[str, str], mask: set[int], write: int) -> NoReturn:
+        environ = {**environ, PROGRAM: str(os.getpid())}
         try:
             linux.end_with_parent()
             if self.number is not None:

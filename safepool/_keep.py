@@ -29,6 +29,8 @@ from ._packets import BACK, IGNORED, MOST_BYTES, MOST_FDS, receive
 from ._shapes import NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ._packets import Left
     from .policy import Isolation, LaunchPolicy
 
@@ -152,6 +154,7 @@ class Keeper:
     def __init__(self, isolation: Isolation) -> None:
         """Start it.  Raises ``OSError``, and ``RuntimeError`` if it cannot be isolated as asked."""
         self._isolation = isolation
+        self.has_company = False  # what else there must be, once there are workers
         self._user = os.geteuid(), os.getegid()
         self._silent = 0  # launches in a row that were not answered
         self._number = _tags.fresh(os.urandom(8), os.getpid(), linux.own_tag()) or 0
@@ -244,6 +247,11 @@ class Keeper:
         pid = _pid_here(fds[0]) if self._isolation is not None and fds else what
         return KeptProcess(name, pid, fds[0] if fds else None, status, self)
 
+    def load(self, key: str, preload: Any) -> None:
+        """Before anybody asks for a worker that has it."""
+        with suppress(OSError):  # it has ended: the first launch meets the same, and tells
+            self._send(("load", key, preload), [])
+
     def watch(self, fork: Fork, pidfd: int) -> None:
         with suppress(OSError):  # it has ended: the next one is told
             self._send(("watch", fork.number, fork.family, fork.policy == "leave"), [pidfd])
@@ -329,7 +337,7 @@ def keeper_pid() -> int | None:
     return None if keeper is None else keeper.pid
 
 
-def _keeper(isolation: Isolation) -> Keeper:
+def _keeper(isolation: Isolation, *, in_advance: bool = False) -> Keeper:
     if not _lock.acquire(timeout=LOCK_LIMIT_S):
         raise TimeoutError("another thread has been starting a keeper for too long")
     try:
@@ -344,10 +352,13 @@ def _keeper(isolation: Isolation) -> Keeper:
             # Scenario 1: (a) a program has closed its stdout, (b) a channel is opened at its number, (c) it prints.
             with _os.above_standard():
                 keeper = _keepers[isolation] = Keeper(isolation)
-                _start_tracker()
             if isolation is None:
                 for fork, pidfd in tuple(_forked.values()):
                     keeper.watch(fork, pidfd)
+        if not in_advance and not keeper.has_company:
+            keeper.has_company = True
+            with _os.above_standard():
+                _start_tracker()
             _look_for_abandoned()
         return keeper
     finally:
@@ -381,6 +392,7 @@ def launch(
     if tracker is not None and tracker._resource_tracker._fd is not None:
         named["tracker"] = tracker._resource_tracker._fd
     me = mp_process.current_process()
+    path = _strings(sys.path)
     told = {
         "number": next(_launches),
         "name": name,
@@ -388,7 +400,7 @@ def launch(
         "fresh": fresh,
         "interpreter": _interpreter(),
         "home": _home(),
-        "path": [entry for entry in sys.path if isinstance(entry, str)],
+        "path": path,
         "argv": list(map(str, getattr(sys, "argv", ()))),
         "cwd": _cwd(),
         "method": multiprocessing.get_start_method(allow_none=True),
@@ -398,12 +410,20 @@ def launch(
         "leftovers": policy.leftovers,
         "isolated": policy.isolation is not None,
     }
-    key, preload = "", None
-    if policy.preload:
-        environ = dict(os.environ)
-        key = f"{','.join(policy.preload)} {hash(tuple(environ.items()))}"
-        preload = told["path"], environ, policy.preload
+    key, preload = _preload(policy.preload, path)
     return keeper.launch(told, key, preload, leave=policy.leftovers == "leave", named=named, more=more)
+
+
+def _preload(names: tuple[str, ...] | None, path: list[str]) -> tuple[str, Any]:
+    """(what tells it from another one, what the keeper needs to load it)."""
+    if not names:
+        return "", None
+    environ = dict(os.environ)
+    return f"{','.join(names)} {hash((tuple(environ.items()), *path))}", (path, environ, names)
+
+
+def _strings(path: Iterable[object]) -> list[str]:
+    return [entry for entry in path if isinstance(entry, str)]
 
 
 def _look_for_abandoned() -> None:
@@ -502,8 +522,13 @@ def require(isolation: Isolation) -> None:
     _keeper(isolation)
 
 
-def prepare(isolation: Isolation) -> None:
-    """Have one started if there has been none yet, and nobody is just doing it.  Raises nothing."""
+def prepare(isolation: Isolation, preload: tuple[str, ...] = (), path: Iterable[object] = ()) -> None:
+    """Have one started if there has been none yet, and nobody is just doing it; and these modules loaded.
+
+    Raises nothing.
+    """
     if isolation not in _keepers and not _lock.locked():
         with suppress(Exception):  # the first launch meets the same, and tells
-            _keeper(isolation)
+            keeper = _keeper(isolation, in_advance=bool(preload))
+            if preload:
+                keeper.load(*_preload(preload, _strings(path)))

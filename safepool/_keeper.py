@@ -138,6 +138,8 @@ class Keeper:
         try:
             if word == "launch":
                 self._launch(more, fds)
+            elif word == "load":
+                self._zygotes.load(*more)
             elif word == "replace":
                 self._zygotes.replace(more[0])
             elif word == "watch":

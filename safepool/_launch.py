@@ -1,6 +1,6 @@
 """Starts workers: one verb, ``launch``; nothing above it knows how a worker was started.
 
-A launcher has ``launch(channel, tickets, setup) -> WorkerProcess`` and nothing else.  It raises
+A launcher has ``launch(ends, setup) -> WorkerProcess`` and nothing else.  It raises
 ``OSError``, ``EOFError`` or ``MemoryError`` when the system refuses now, and anything else when it would refuse every
 time.  It may block: it is called on a thread of its own.
 """
@@ -11,7 +11,6 @@ import functools
 import multiprocessing
 import os
 import signal
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -215,7 +214,7 @@ class Launcher(Protocol):
     def prepare(self) -> None:
         """A first launch will come soon: begin what takes long and can be done meanwhile.  Raises nothing."""
 
-    def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess: ...
+    def launch(self, ends: _os.Ends, setup: Setup) -> WorkerProcess: ...
 
 
 class ContextLauncher:
@@ -240,8 +239,8 @@ class ContextLauncher:
     def prepare(self) -> None:
         """There is nothing to do."""
 
-    def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess:
-        """Start one worker on its ends of these sockets.  Raises what the start context raises."""
+    def launch(self, ends: _os.Ends, setup: Setup) -> WorkerProcess:
+        """Start one worker on these.  Raises what the start context raises."""
         inherited: Setup | _ByValue | None = setup
         greeting = b""
         if self.method != "fork":
@@ -259,7 +258,7 @@ class ContextLauncher:
         # (Where there is no keeper to be had the worker is forked all the same, and nobody ends what it leaves.)
         stacks = Stacks() if fork is not None and self._policy is not None and self._policy.stacks else None
         life = _worker.main if fork is None else functools.partial(_live_forked, fork, stacks)
-        process = self._make(target=life, args=(channel, tickets, inherited), name=name)
+        process = self._make(target=life, args=(ends, inherited), name=name)
         try:
             process.start()
         except BaseException as error:
@@ -271,7 +270,7 @@ class ContextLauncher:
             # exit finishes the work.
             if self.method != "fork":
                 raise
-            return launcher_of(None, self._name, self._policy or PLAIN).launch(channel, tickets, setup)
+            return launcher_of(None, self._name, self._policy or PLAIN).launch(ends, setup)
         return ContextWorker(process, greeting, fork, stacks)
 
     def __repr__(self) -> str:
@@ -286,9 +285,7 @@ def _keeping() -> Any:
     return _keep
 
 
-def _live_forked(
-    fork: Fork, stacks: Stacks | None, channel: socket.socket, tickets: socket.socket | None, setup: Setup
-) -> None:
+def _live_forked(fork: Fork, stacks: Stacks | None, ends: _os.Ends, setup: Setup) -> None:
     """In a worker that the user's process forked: wear the tag by which the keeper knows its family, then work."""
     from . import _leftovers, _sweeping
     from ._os import linux
@@ -297,7 +294,7 @@ def _live_forked(
     if stacks is not None:
         _stacks.answer_in(stacks.fd)
     family = _sweeping.ForkedWorker(fork.number, fork.family, os.getpid())
-    _worker.main(channel, tickets, setup, _leftovers.Leftovers(family, fork.policy))
+    _worker.main(ends, setup, _leftovers.Leftovers(family, fork.policy))
 
 
 class _ByValue:
@@ -323,15 +320,13 @@ class KeeperLauncher:
         """Start the keeper, if there is none: it takes as long as pickling the first function of a script."""
         _keeping().prepare(self._policy.isolation)
 
-    def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess:
-        """Start one worker on its ends of these sockets.  Raises ``OSError``, and what pickling raises."""
+    def launch(self, ends: _os.Ends, setup: Setup) -> WorkerProcess:
+        """Start one worker on these.  Raises ``OSError``, and what pickling raises."""
         _keep = _keeping()
         inherited: list[int] = []
         body = _dumps_setup((dict(os.environ), setup), inherited)
         self._count += 1
-        named = {"channel": channel.fileno()}
-        if tickets is not None:
-            named["tickets"] = tickets.fileno()
+        named = {name: end.fileno() for name, end in ends._asdict().items() if end is not None}
         is_small = len(body) <= SMALL_BYTES
         stacks = Stacks() if self._policy.stacks else None
         try:

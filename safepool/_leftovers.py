@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 else:
     import _signal
 
-SHORTEST_FORK_S = 50e-6
 END_LIMIT_S = 1.0
 LOOK_AGAIN_S = 0.001
 ANSWER_LIMIT_S = 5.0
@@ -85,9 +84,9 @@ class Leftovers:
             self._spared.update(linux.children())
             self._orphans.ask("spare")
 
-    def look(self, run_s: float) -> list[Left]:
-        """What the task left that has just run for ``run_s`` seconds; with "kill" it is gone when this returns."""
-        if run_s < SHORTEST_FORK_S or self._policy == "leave" or not self._are_possible():
+    def look(self) -> list[Left]:
+        """What the task left that has just run; with "kill" it is gone when this returns."""
+        if self._policy == "leave" or not self._are_possible():
             return []
         found: list[Left] = []
         staying = self._spared | _helpers()

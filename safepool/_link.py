@@ -2,47 +2,121 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import socket
+import struct
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import _os, _wire
+from . import _bulk, _os, _unpack, _wire  # (later, no descriptor may be left to load them by)
+from ._batches import SLOW_S
 from ._launch import Launcher
-from ._payload import Payload
-from ._wire import Frame
+from ._os import memory
+from ._wire import BIG, BIG_PART, NEXT, PART, PLAIN, RAISED, RETURNED, Frame
 from ._worker import Setup
 
 if TYPE_CHECKING:
     from ._packets import Left
+    from ._payload import Function, Payload
+    from ._stream import Batch
+    from .future import Kind, SafeFuture
 
 MOST_BUFFERS = 64  # in one write; the system allows 1024
 SMALL_BYTES = 1 << 14  # smaller calls are written together
 MOST_TICKET_BYTES = 1 << 16
+TICKETS_AT_ONCE = 500  # a page of them, as much as is written to a pipe in one piece
+ANSWERS = (PLAIN, RETURNED, RAISED, BIG)
+PARTS = (PART, BIG_PART)
+GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)  # what a write says when nobody reads
+MOST_DIRECT_BYTES = 4096  # that an idle worker's channel takes at once
 
 
 class Answer(NamedTuple):
-    """What a worker sent for one task."""
+    """What a worker sent for one task, to be unpickled by whoever asks; ``is_plain``: it is marshalled.
 
-    task: int
-    pid: int
+    ``body``: or, if it is big, something with ``load()``.
+    """
+
     ok: bool
     text: bytes
-    body: bytes
+    body: Any
+    is_plain: bool = False
 
 
 class Heard(NamedTuple):
-    """What one reading of a channel brought, in order within each field."""
+    """What one reading brought, in order within each field.  The answers are with their futures."""
 
     booted: bool
     ready: bool
     unfit: str | None
-    answers: list[Answer]
+    answered: list[int]  # tasks
+    raised: list[int]  # those of them that did
     begun: int | None  # the task that runs now, if its start was told
     run_s: float  # mean run time of the answered tasks, in seconds
     left: list[tuple[int, list[Left]]]  # what tasks left behind
-    lost: str | None  # why the channel cannot be read any more; "": it is closed
+    returned: list[int]  # tasks of a batch that the worker will not begin: it had no ticket for the rest
+    lost: str | None  # why nothing can be read any more; "": it is closed
+
+
+class Loan:
+    """An idle worker that one caller may send a plain task to, without asking anybody; and what came of that.
+
+    The first on the list of takers has it; whoever ends the loan puts None there.  All that is to be known of the
+    worker is here in advance, so the caller changes nothing but this.
+
+    Scenario 1: (a) a caller takes a worker, (b) a signal handler of the user's raises, (c) nobody knows who has it.
+    But the list says so, and ``written`` whether all was sent: ``map`` has no lines between which a handler could run.
+    """
+
+    __slots__ = ("_fds", "_known", "is_over", "number", "takers", "to_close", "worker", "written")
+
+    def __init__(self, worker: int, number: int, known: set[int], fds: tuple[int, int]) -> None:
+        self.worker = worker
+        self.number = number
+        self.takers: list[SafeFuture | None] = []
+        self.written: list[int] = []  # what ``os.write`` said, of the ticket and of the call
+        self.is_over = False  # the caller will not touch the worker any more
+        self.to_close: list[socket.socket | _os.End] = []  # when it is over
+        self._known = known
+        self._fds = fds
+
+    def take(self, future: SafeFuture) -> bool:
+        """Send it, if nobody was faster.  False: nothing has happened."""
+        function = future._kind.function
+        assert function is not None
+        data = _wire.encode_calls(self.number, function.number, False, [future._payload])
+        if function.number not in self._known:
+            data = _wire.encode(Frame(_wire.FUNCTION, function.number, body=function.data)) + data
+        if len(data) > MOST_DIRECT_BYTES:
+            return False
+        ticket = _wire.encode_tickets(self.number, self.number)
+        try:
+            self.takers.append(future)
+            if self.takers[0] is not future:
+                return False
+            self.written.extend(map(_os.write, self._fds, (ticket, data)))
+        except OSError:
+            pass  # the worker has just died
+        finally:
+            if self.takers and self.takers[0] is future:
+                self.is_over = True
+                for end in self.to_close:
+                    end.close()
+        return True
+
+    def is_taken(self) -> bool:
+        return bool(self.takers) and self.takers[0] is not None
+
+    def is_complete(self) -> bool:
+        return len(self.written) == len(self._fds)
+
+    def forget(self) -> None:
+        """Who had it, once all was sent: a busy worker is not to keep a future alive that its user has dropped."""
+        self.takers[:] = [None]  # (whoever comes now finds that he is not the first)
 
 
 class Link:
@@ -57,68 +131,163 @@ class Link:
         """Start the worker.  Raises what the launcher raises, and then leaves nothing behind."""
         self.worker = worker
         self._number = 0
-        self._sent: dict[int, int] = {}  # number -> task, not answered, in order
+        self._sent: dict[int, Any] = {}  # futures, and batches, by number: not answered, in order
+        self._known: set[int] = set()  # functions that the worker has
         # (number, bytes to go); 0: not a call, or several small ones.  A big call comes in parts.
         self._out: deque[tuple[int, memoryview]] = deque()
         self._head_is_partial = False  # some of its frame is written
+        self._big: dict[int, Payload] = {}  # of the calls in ``_sent``: what their blocks are needed for
+        self._to_pass: dict[int, int] = {}  # by number: the descriptor to send with the first bytes of that call
+        self._loan: Loan | None = None  # the last one
+        self._is_stopped = False  # it had ended one task of a batch and not begun the next when it died
         self._begun = 0  # the last number whose start was told
-        self.is_deaf = False  # its channel is not read any more
+        self.is_deaf = False  # it is not listened to any more
         self.wanted = 0  # what the selector is asked for
         self._reader = _wire.FrameReader()
-        self._open: list[socket.socket] = []
-        theirs: list[socket.socket] = []
+        self._open: list[socket.socket | _os.End] = []
+        self._tickets: _os.End | None = None
+        self._undrawn: _os.End | None = None
+        self._board: _os.End | None = None  # from the first batch on
+        self._token: _os.End | None = None  # whose is the rest of the batch in hand?
+        self._seen: tuple[int, int, float] = 0, 0, 0.0  # of a batch: its number, how many have ended, since when
+        theirs: list[socket.socket | _os.End] = []
         try:
             self._channel, channel = _os.open_channel()
             self._open.append(self._channel)
             theirs.append(channel)
             self._channel.setblocking(False)
+            self._answers, answers = _os.open_answers()
+            self._open.append(self._answers)
+            theirs.append(answers)
             if take_back:
-                self._tickets, tickets = _os.open_channel()
-                self._open.append(self._tickets)
-                theirs.append(tickets)
-                self._tickets.setblocking(False)
-            self.process = launcher.launch(channel, tickets if take_back else None, setup)
+                self._tickets, self._undrawn = _os.open_tickets()
+                self._open += self._tickets, self._undrawn
+            self.process = launcher.launch(_os.Ends(channel, answers, self._undrawn), setup)
         except BaseException:
-            self._close_sockets()
+            self._close_all()
             for end in theirs:
                 end.close()
             raise
-        channel.close()
-        # The worker's end of the tickets stays open here too: that is where they are taken back.
-        self._undrawn = _os.keep(tickets) if take_back else None
+        for end in theirs:
+            end.close()
         if self._undrawn is not None:
-            self._open.append(self._undrawn)
+            # The worker's end of the tickets stays open here too: that is where they are taken back.
+            _os.keep(self._undrawn)
         if self.process.greeting:
             self._out.append((0, memoryview(self.process.greeting)))
 
     def fileno(self) -> int:
+        """Of what is written to."""
         return self._channel.fileno()
+
+    def takes_batches(self) -> bool:
+        """False: descriptors are short, and items go one at a time."""
+        if self._token is None:
+            try:
+                if self._board is None:  # (else it is there since an attempt at which the token was not to be had)
+                    self._board = _os.open_board(_wire.Board.BYTES)
+                    self._open.append(self._board)
+                self._token = _os.open_token()
+                self._open.append(self._token)
+            except OSError:
+                return False
+            for number, kind, end in ((-1, _wire.BOARD, self._board), (-2, _wire.TOKEN, self._token)):
+                self._to_pass[number] = end.fileno()
+                self._put(_wire.encode(Frame(kind)), number)
+        return True
+
+    def answers_fileno(self) -> int:
+        return self._answers.fileno()
 
     # ----------------------------------------------------------------- out
 
-    def send(self, calls: Iterable[tuple[int, Payload]]) -> None:
-        """Queue these (task, payload) pairs, tickets first; ``flush`` writes them."""
-        number = first = self._number + 1
-        small: list[bytes] = []
-        for task, payload in calls:
-            self._sent[number] = task
-            parts = _wire.encode_call(number, payload.data, payload.function)
-            if payload.size_bytes() < SMALL_BYTES:
-                small += parts
+    def send(self, futures: Iterable[SafeFuture | Batch], *, always_told: bool) -> None:
+        """Queue the calls of these, tickets first; ``flush`` writes them."""
+        first = self._number + 1
+        small: list[bytes | bytearray] = []
+        run: list[tuple[object, ...]] = []  # plain calls of one kind, which travel together
+        kind: Kind | None = None
+        for future in futures:
+            payload: Any = future._payload
+            is_plain = type(payload) is tuple
+            if run and kind is not None and (future._kind is not kind or not is_plain):
+                small.append(self._encode_run(run, kind, always_told))
+                run = []
+            self._number += 1
+            self._sent[self._number] = future
+            kind = future._kind
+            if is_plain:
+                run.append(payload)
+            elif type(payload) is list:
+                function = kind.function
+                assert function is not None
+                data = _wire.encode_batch(self._number, function.number, always_told, payload, future.how)
+                small.append(self._introduce(function) + data)
             else:
-                self._put(b"".join(small))
-                small.clear()
-                for part in parts:
-                    self._put(part, number)
-            number += 1
+                self._send_one(payload, small, told=always_told or kind.options.timeout is not None)
+        if run and kind is not None:
+            small.append(self._encode_run(run, kind, always_told))
         self._put(b"".join(small))
-        self._number = number - 1
-        if self._undrawn is not None:
-            self._tickets.sendall(_wire.encode_tickets(first, self._number))  # few and short: they always fit
+        if self._tickets is not None:
+            for start in range(first, self._number + 1, TICKETS_AT_ONCE):
+                end = min(start + TICKETS_AT_ONCE - 1, self._number)
+                self._tickets.write(_wire.encode_tickets(start, end))  # few and short: they always fit
 
-    def _put(self, data: bytes, number: int = 0) -> None:
+    def _encode_run(self, run: list[tuple[object, ...]], kind: Kind, always_told: bool) -> bytes:
+        function, told = kind.function, always_told or kind.options.timeout is not None
+        assert function is not None
+        return self._introduce(function) + _wire.encode_calls(self._number - len(run) + 1, function.number, told, run)
+
+    def _introduce(self, function: Function | None) -> bytes:
+        """To the worker, unless it knows that function."""
+        if function is None or _unpack.is_known(self._known, function.number):
+            return b""
+        return _wire.encode(Frame(_wire.FUNCTION, function.number, body=function.data))
+
+    def _send_one(self, payload: Payload, small: list[bytes | bytearray], *, told: bool) -> None:
+        small.append(self._introduce(payload.function))
+        lent = None
+        if payload.cargo is not None:
+            self._big[self._number] = payload
+            lent = payload.cargo.lend()
+        if lent is not None:
+            self._put(b"".join(small))
+            small.clear()
+            message, fd = lent
+            self._to_pass[self._number] = fd  # (open as long as ``_big`` knows it)
+            body = b"".join(payload.parts(told=told, message=message))
+            self._put(_wire.encode(Frame(_wire.BIG_CALL, self._number, body=body)), self._number)
+            return
+        parts = payload.parts(told=told)
+        header = _wire.header(_wire.CALL, self._number, sum(map(len, parts)))
+        if payload.size_bytes() < SMALL_BYTES:
+            small += header, *parts
+            return
+        self._put(b"".join(small))
+        small.clear()
+        for part in (header, *parts):
+            self._put(part, self._number)
+
+    def has_to_write(self) -> bool:
+        return bool(self._out)
+
+    def _put(self, data: bytes | bytearray, number: int = 0) -> None:
         if data:
             self._out.append((number, memoryview(data)))
+
+    def lend(self) -> Loan | None:
+        """To callers, while the watchdog sleeps; None: it cannot be."""
+        if self._tickets is None or self._out or self._sent:
+            return None
+        self._loan = Loan(self.worker, self._number + 1, self._known, (self._tickets.fileno(), self._channel.fileno()))
+        return self._loan
+
+    def sent_directly(self, loan: Loan, future: SafeFuture) -> None:
+        """By a caller: as if it had been sent here."""
+        self._number = loan.number
+        self._sent[loan.number] = future
+        assert future._kind.function is not None
+        _unpack.is_known(self._known, future._kind.function.number)
 
     def ask_exit(self) -> None:
         self._out.append((0, memoryview(_wire.encode(Frame(_wire.EXIT)))))
@@ -127,11 +296,15 @@ class Link:
         """Write what goes without waiting.  True: nothing is left to write."""
         while self._out:
             try:
-                sent = _os.send_some(self._channel, [data for _, data in islice(self._out, MOST_BUFFERS)])
+                if self._to_pass:
+                    sent = self._write_some()
+                else:
+                    sent = _os.send_some(self._channel, [data for _, data in islice(self._out, MOST_BUFFERS)])
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError:
                 self._out.clear()  # nobody reads any more; the death of the worker will tell
+                self._to_pass.clear()
                 self._head_is_partial = False
                 return True
             while sent:
@@ -145,14 +318,44 @@ class Link:
                 self._head_is_partial = number > 0 and bool(self._out) and self._out[0][0] == number
         return True
 
+    def _write_some(self) -> int:
+        """As ``send_some``, where descriptors are to be passed: each with the first bytes of its own frame."""
+        number, data = self._out[0]
+        fd = self._to_pass.get(number)
+        if fd is None:
+            before = itertools.takewhile(lambda out: out[0] not in self._to_pass, islice(self._out, MOST_BUFFERS))
+            return _os.send_some(self._channel, [data for _, data in before])
+        sent = 0
+        try:
+            sent = memory.send_with(self._channel, data, fd)
+        except (BlockingIOError, InterruptedError):
+            raise
+        except OSError as error:
+            if error.errno in GONE:
+                raise
+            # Scenario 2: too many descriptors of this user are on their way to somebody (ETOOMANYREFS).
+            self._out.popleft()
+            if number < 0:
+                del self._to_pass[number]
+                return 0  # it is done without
+            self._out.extendleft((number, memoryview(part)) for part in reversed(self._inlined(number)))
+        del self._to_pass[number]
+        return sent
+
+    def _inlined(self, number: int) -> list[bytes | bytearray]:
+        """A big call as bytes."""
+        parts = self._big[number].parts(told=False)
+        return [_wire.header(_wire.CALL, number, sum(map(len, parts))), *parts]
+
     # ------------------------------------------------------------------ in
 
     def take_back(self) -> tuple[int, ...]:
         """The tasks whose tickets nobody drew; none of them will begin at this worker."""
         if self._undrawn is None:
             return ()
+        data = bytearray(MOST_TICKET_BYTES)
         try:
-            data = self._undrawn.recv(MOST_TICKET_BYTES, socket.MSG_DONTWAIT)
+            del data[_os.draw(self._undrawn, [data]) :]
         except BlockingIOError:
             return ()
         numbers = set(_wire.tickets_in(data))
@@ -161,84 +364,218 @@ class Link:
         # the next one would not be understood.
         dropped = numbers - {self._out[0][0]} if self._head_is_partial else numbers
         self._out = deque(out for out in self._out if out[0] not in dropped)
-        return tuple(self._sent.pop(number) for number in sorted(numbers))
+        for number in numbers if self._big else ():
+            self._big.pop(number, None)
+            self._to_pass.pop(number, None)  # (what is partly written has passed it)
+        taken = [self._sent.pop(number).tasks() for number in sorted(numbers)]
+        return tuple(itertools.chain.from_iterable(taken))
+
+    def take_rest(self) -> tuple[int, ...]:
+        """Of a batch in which one task takes long: those that come after it, and will not begin at this worker.
+
+        (The token of a later batch that is taken here by mistake does no harm: its worker returns the rest then.)
+        """
+        number, batch, ended, _ = self._batch_in_hand()
+        if self._token is None or batch is None:
+            return ()
+        if self._seen[:2] != (number, len(ended)):
+            self._seen = number, len(ended), monotonic()
+        if monotonic() - self._seen[2] < SLOW_S:
+            return ()
+        return batch.cut(len(ended)) if _os.take_token(self._token) == number else ()
+
+    def harvest(self) -> list[int]:
+        """Tasks of a batch that have ended, and of which the worker will tell only when the last one has."""
+        _, batch, ended, _ = self._batch_in_hand()
+        return _taken_early(batch, ended)
+
+    def salvage(self) -> list[int]:
+        """Tasks of a batch that a dead worker had finished and not sent home."""
+        _, batch, ended, runs = self._batch_in_hand()
+        self._is_stopped = batch is not None and not runs
+        return _taken_early(batch, ended)
+
+    def _batch_in_hand(self) -> tuple[int, Batch | None, list[Any], bool]:
+        """Its number, itself, what those of its tasks came to of which nothing was sent, and does one run?"""
+        number, batch = next(iter(self._sent.items()), (0, None))
+        if self._board is None or batch is None or not batch.is_batch:
+            return number, None, [], False
+        fd = self._board.fileno()
+        try:
+            told = _wire.Board(lambda size, at: _os.read_at(fd, size, at)).finished(number, batch.parts)
+        except (ValueError, EOFError, TypeError, struct.error, OSError):  # a task has written there
+            told = None
+        return (number, None, [], False) if told is None else (number, batch, *told)
 
     def unbegun(self) -> tuple[int, ...]:
         """The tasks that a dead worker had not begun.  Where tickets are missing: as far as it told."""
         if self._undrawn is not None:
-            return self.take_back()
-        return tuple(task for number, task in self._sent.items() if number > self._begun)
+            taken = self.take_back()
+            # Of what it had drawn the first without an answer has begun; nothing after it can have.
+            rest = itertools.chain.from_iterable(future.tasks() for future in self._sent.values())
+            has_begun = not self._is_stopped and not self._is_half_sent()
+            return (*itertools.islice(rest, has_begun, None), *taken)
+        return tuple(future._task for number, future in self._sent.items() if number > self._begun)
 
-    def unanswered(self) -> tuple[int, ...]:
-        """The tasks that were sent and have neither been answered nor taken back."""
+    def _is_half_sent(self) -> bool:
+        """A caller that had this worker on loan has not sent all of its task."""
+        loan = self._loan
+        if loan is None or not loan.is_taken() or loan.number not in self._sent:
+            return False
+        return not loan.is_complete()
+
+    def begun(self) -> int | None:
+        """The task whose ticket was drawn, and that is not answered."""
+        if self._undrawn is None:
+            return None
+        undrawn = _os.unread_bytes(self._undrawn.fileno()) // _wire.TICKET_BYTES
+        drawn = islice(self._sent.values(), 0, max(0, len(self._sent) - undrawn))
+        return next((future._task for future in drawn), None)
+
+    def unanswered(self) -> tuple[SafeFuture | Batch, ...]:
+        """What was sent and has neither been answered nor taken back."""
         return tuple(self._sent.values())
 
-    def hear(self, most_bytes: int = 1 << 22) -> Heard:
+    def hear(self, most_bytes: int = 1 << 22, *, to_the_end: bool = False) -> Heard:
         """Read what has come, without waiting, but for fairness not much more than ``most_bytes``."""
         lost = None
         try:
-            while most_bytes > 0:
-                got = self._reader.read_from(self._channel)
+            while most_bytes > 0 or to_the_end:
+                got = self._reader.read_from(self._answers.read_into)
                 if not got:
                     lost = ""
                     break
+                if got < _wire.READ_BYTES and not to_the_end:
+                    break  # there was no more
                 most_bytes -= got
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            lost = f"its channel broke: {error}"
+            lost = f"the pipe of its answers broke: {error}"
         except MemoryError:
             lost = self._give_up_reading()
-        return self._understand(lost)
+        heard = self._understand(lost)
+        if self._big:
+            self._big = {number: payload for number, payload in self._big.items() if number in self._sent}
+        return heard
 
     def _give_up_reading(self) -> str:
         self._reader = _wire.FrameReader()
         return "what it sent is too big for the memory of this process"
 
     def _understand(self, lost: str | None) -> Heard:
-        booted = ready = False
-        unfit = None
-        answers: list[Answer] = []
-        left: list[tuple[int, list[Left]]] = []
-        begun = 0
-        run_s = 0.0
-        pid, pop, new = self.process.pid, self._sent.pop, tuple.__new__
+        heard = Heard(False, False, None, [], [], None, 0.0, [], [], lost)
+        answered, raised = heard.answered, heard.raised
+        begun: int | None = 0  # its number, or: the next of those that are not answered
+        total_s = 0.0
+        pid, pop, plain_in = self.process.pid, self._sent.pop, _wire.plain_in
         try:
-            for kind, number, begins, seconds, text, body in self._reader:
-                if kind in (_wire.RETURNED, _wire.RAISED):
-                    answers.append(new(Answer, (pop(number), pid, kind == _wire.RETURNED, text, body)))
-                    run_s += seconds
-                    begun = begins
-                elif kind == _wire.BEGAN:
+            for kind, number, run_s, body in self._reader.frames():
+                what = kind & ~NEXT
+                if what in ANSWERS or what in PARTS:
+                    future = pop(number) if what not in PARTS else self._sent[number]
+                    if future.is_batch:
+                        answered += future.take(self._outcomes(what, body))
+                        heard.returned.extend(future.tasks() if what not in PARTS else ())
+                        total_s += run_s
+                        begun = None if kind & NEXT else 0
+                        continue
+                    future._pid = pid
+                    if what == PLAIN and not future._kind.is_judged:
+                        future._result = plain_in(body)
+                    else:
+                        self._keep(future, what, body)
+                    answered.append(future._task)
+                    if what == RAISED:
+                        raised.append(future._task)
+                    total_s += run_s
+                    begun = None if kind & NEXT else 0
+                elif what == _wire.BEGAN:
                     begun = number
-                elif kind == _wire.LEFT:
-                    left.append((self._sent[number], _wire.leftovers_in(body)))
-                elif kind == _wire.BOOTED:
-                    booted = True
-                elif kind == _wire.READY:
-                    ready = True
-                elif kind == _wire.UNFIT:
-                    unfit = text.decode(errors="replace")
-        except (_wire.ProtocolError, KeyError, ValueError, EOFError) as error:
+                else:
+                    heard = self._hear_of_life(heard, what, number, body)
+            if begun is None:
+                begun = next(iter(self._sent))
+            if self._reader.nonsense:
+                raise _wire.ProtocolError(self._reader.nonsense)
+        except (_wire.ProtocolError, KeyError, ValueError, TypeError, EOFError, StopIteration) as error:
             lost = f"it does not speak our protocol: {error!r}"
         except MemoryError:
             lost = self._give_up_reading()
         self._begun = begun or self._begun
-        mean_s = run_s / len(answers) if answers else 0.0
-        return Heard(booted, ready, unfit, answers, self._sent.get(begun), mean_s, left, lost)
+        head = self._sent.get(begun or 0)
+        mean_s = total_s / len(answered) if answered else 0.0
+        return heard._replace(begun=None if head is None else head._task, run_s=mean_s, lost=lost)
 
-    def _close_sockets(self) -> None:
+    def _keep(self, future: SafeFuture, what: int, body: bytes) -> None:
+        """An answer, for whoever asks for it; with the record, if there is one, it may not be the last."""
+        text = b""
+        if future.done():
+            return  # its pool was ended: what the user was told stands
+        if what == RAISED:
+            text, body = _wire.text_and_body(body)
+        answer = Answer(what != RAISED, text, body if what != BIG else self._received(body), what == PLAIN)
+        kind = future._kind
+        if kind.is_judged or (what == RAISED and kind.options.retry is not None):
+            future._made_record().answer = answer
+        else:
+            future._answer = answer
+
+    def _outcomes(self, what: int, body: bytes) -> list[Any]:
+        outcomes: list[Any] = _wire.plain_in(body)
+        if what == BIG_PART:
+            outcomes[-1] = True, self._received(outcomes[-1][1])
+        return outcomes
+
+    def _received(self, body: bytes) -> Any:
+        """Something big that was returned.  Raises ``ProtocolError``, and ``MemoryError``."""
+        try:
+            return _bulk.receive(self._channel, body)
+        except OSError as error:
+            raise _wire.ProtocolError(f"no descriptor came with an answer: {error}") from error
+
+    def _hear_of_life(self, heard: Heard, what: int, number: int, body: bytes) -> Heard:
+        if what == _wire.LEFT:
+            at, left = _wire.leftovers_in(body)
+            heard.left.append((self._sent[number]._task + at, left))
+        elif what == _wire.AGAIN:
+            for part in self._inlined(number):
+                self._put(part, number)
+        elif what == _wire.BOOTED:
+            return heard._replace(booted=True)
+        elif what == _wire.READY:
+            return heard._replace(ready=True)
+        elif what == _wire.UNFIT:
+            return heard._replace(unfit=body.decode(errors="replace"))
+        return heard
+
+    def _close_all(self) -> None:
+        """But what a caller is just writing to: another thing might have its number by then."""
+        loan = self._loan
+        if loan is not None and loan.is_taken():
+            loan.to_close = [_os.disown(end) for end in self._open]
+            if not loan.is_over:
+                self._open.clear()
         for end in self._open:
             _os.close(end)
         self._open.clear()
 
     def close(self) -> None:
         """Give back every descriptor."""
-        self._close_sockets()
+        self._close_all()
         self.process.release()
         self._out.clear()
+        self._to_pass.clear()
+        self._big.clear()
 
     def __repr__(self) -> str:
         return (
             f"<Link to worker {self.worker} pid {self.process.pid}: {len(self._sent)} sent, {len(self._out)} to write>"
         )
+
+
+def _taken_early(batch: Batch | None, ended: list[Any]) -> list[int]:
+    try:
+        return [] if batch is None else list(batch.take_early(ended))
+    except ValueError:
+        return []  # a task has written on the board

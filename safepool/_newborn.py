@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from . import _leftovers, _stacks, _worker
+from . import _leftovers, _os, _stacks, _worker
 from ._loading import once_loaded
 from ._os import linux
 from ._packets import BACK
@@ -131,12 +131,15 @@ def _live(told: dict[str, Any], fds: list[int]) -> int:
         pass  # it was removed: stay where the keeper was started
     _own_names(told, named, fds[1 + len(named) :])
     _own_random_state()
-    channel = _socket.socket(fileno=named["channel"])
-    tickets = _socket.socket(fileno=named["tickets"]) if "tickets" in named else None
+    ends = _os.Ends(
+        _socket.socket(fileno=named["channel"]),
+        _os.End(named["answers"]),
+        _os.End(named["tickets"]) if "tickets" in named else None,
+    )
     if "stacks" in named:
         _stacks.answer_in(named["stacks"])
     leftovers = _leftovers.Leftovers(_leftovers.AtKeeper(_socket.socket(fileno=fds[0])), told["leftovers"])
-    _worker.main(channel, tickets, told["setup"], leftovers)
+    _worker.main(ends, told["setup"], leftovers)
     return _leave()
 
 

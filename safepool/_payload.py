@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import builtins
 import functools
-import io
 import itertools
 import marshal
 import os
@@ -23,89 +22,198 @@ import threading
 import types
 import weakref
 from collections import ChainMap
-from multiprocessing.reduction import ForkingPickler
 
 from . import _unpack
+from ._parts import Parts
 from ._shapes import NamedTuple
 from ._unpack import (
-    CHUNK,
     HEAD,
-    KEEP,
+    INLINED,
+    MARSHALLED,
+    ONE,
     PLAIN,
     PROTOCOL,
+    TOLD,
+    WHOLE,
     Unsent,
     absent,
+    are_small,
     dumps_by_reference,
     dumps_plain,
     dumps_result,
     loads,
+    pickled_by_reference,
 )
 from ._unpack import main as _main
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from typing import Any, ClassVar
 
-__all__ = ["Held", "Payload", "dumps", "dumps_by_value", "dumps_call", "dumps_result", "loads"]
+    from ._bulk import Cargo, Store
+
+__all__ = ["Function", "Held", "Payload", "dumps", "dumps_by_value", "dumps_call", "dumps_result", "loads"]
 _MAIN = b"main__"  # of "__main__", and of "__mp_main__", as multiprocessing calls it in its children
 _MAINS = ("__main__", "__mp_main__")
 
 
-class Payload(NamedTuple):
-    """A pickled call: ``function`` is shared by all calls of it, so that a queue of them stays small."""
+class Function:
+    """A pickled function that carries no state: it is sent to a worker once, and calls name its number.
 
-    function: bytes
+    Good for as long as what it was made of is the same: its own parts, and the globals of the script that it uses.
+    """
+
+    __slots__ = ("_held", "_made_of", "_names", "_values", "data", "number")
+
+    def __init__(
+        self, data: bytes, made_of: tuple[Any, ...] | None, names: Iterable[str] = (), held: Held | None = None
+    ) -> None:
+        """``made_of``: None if it can be imported, so that its name is all that was pickled."""
+        main = _main()
+        self.data = data
+        self.number = next(_numbers)
+        self._made_of = made_of
+        self._names = tuple(names)
+        self._values = tuple(main.get(name, absent) for name in self._names)
+        self._held = held
+
+    def is_current(self, fn: Any) -> bool:
+        if self._held is not None:
+            return self._held.has(fn)
+        if self._made_of is None:
+            return True
+        if self._made_of != (fn.__code__, fn.__defaults__, fn.__kwdefaults__):
+            return False
+        main = _main()
+        for name, value in zip(self._names, self._values):  # noqa: SIM110  (a generator costs more than what is saved)
+            if main.get(name, absent) is not value:
+                return False
+        return True
+
+
+_numbers = itertools.count(1)
+
+
+class Payload(NamedTuple):
+    """A pickled call: of a function that is sent by itself, or of the one in ``code``.
+
+    If it is big, its arguments are in ``cargo``, and (with neither of those two) the function before them.
+    """
+
+    function: Function | None
+    code: bytes
     data: bytes
+    flags: int
+    cargo: Cargo | None = None
 
     def size_bytes(self) -> int:
-        return len(self.function) + len(self.data)
+        size = len(self.code) + len(self.data)
+        return size if self.cargo is None else size + self.cargo.size_bytes()
+
+    def parts(self, *, told: bool, message: bytes | None = None) -> list[bytes | bytearray]:
+        """What ``loads_call`` takes, once it is joined; ``told``: the begin of the call is to be told.
+
+        ``message``: what ``cargo`` lent, if its block is sent, too.
+        """
+        number = 0 if self.function is None else self.function.number
+        flags = self.flags | TOLD * told
+        if self.cargo is None:
+            return [HEAD.pack(flags, number, len(self.data)), self.data, self.code]
+        if message is not None:
+            return [HEAD.pack(flags, number, len(message)), message, self.code]
+        head, data = self.cargo.inline()
+        return [HEAD.pack(flags | INLINED, number, len(head) + len(data)), head, data, self.code]
 
 
-SPENT = Payload(b"", b"")
+SMALL_BYTES = 256
 
 
-def dumps_call(fn: Any, args: Any, kwargs: dict[str, Any], *, chunk: bool = False, held: Held | None = None) -> Payload:
-    """Pickle a call; ``held`` is what its workers have of the script.  Raises whatever pickling raises."""
-    if held is None:
-        return _dumps_call(_dumps_function(fn), args, kwargs, chunk)
-    _here.held = held
+def are_plain(values: tuple[Any, ...]) -> bool:
+    """Do these travel as they are, with many others?  Immutable values of no great size."""
     try:
-        if getattr(fn, "__module__", None) not in _MAINS:
-            function = _dumps_function(fn)
-        elif held.has(fn):
-            function = held.dumps(fn), True
-        else:
-            function = dumps(fn), False  # not to be mixed with what pools without such workers send
-        return _dumps_call(function, args, kwargs, chunk)
+        for value in values:
+            kind = type(value)
+            if kind not in PLAIN or ((kind is str or kind is bytes) and len(value) > SMALL_BYTES):
+                return False
+    except Exception:  # a class that cannot be hashed
+        return False
+    return True
+
+
+def are_all_plain(calls: list[Any], *, has_one: bool) -> bool:
+    """The same of many; quick to say yes where nothing has a size."""
+    if are_small(calls if has_one else itertools.chain.from_iterable(calls)):
+        return True
+    return all(map(are_plain, zip(calls) if has_one else calls))
+
+
+def dumps_call(
+    fn: Any,
+    args: Any,
+    kwargs: dict[str, Any],
+    *,
+    chunk: int = 0,
+    held: Held | None = None,
+    store: Callable[[], Store] | None = None,
+) -> Payload:
+    """Pickle a call; ``held`` is what its workers have of the script; ``store``: where what is big in it may go.
+
+    ``chunk``: ``CHUNK``, perhaps with ``ONE``, if ``args`` are those of many calls.
+    Raises whatever pickling raises.
+    """
+    _here.held = held
+    offers = store is not None
+    try:
+        function = function_of(fn, held)
+        code = b"" if function is not None else _pickled_code(fn, held, offers).settled()
+        if type(code) is bytes:
+            if chunk and are_all_plain(args, has_one=bool(chunk & ONE)):
+                return Payload(function, code, marshal.dumps(args), chunk | MARSHALLED)
+            if not chunk and not kwargs and are_plain(args):
+                return Payload(function, code, dumps_plain((args, kwargs)), 0)
+        rest = args if chunk else (args, kwargs)
+        if type(code) is bytes:
+            parts = pickled(rest, offers)
+        else:  # all in one: what is big is nowhere but in its place so far
+            parts, code, chunk = pickled((fn, rest), offers), b"", chunk | WHOLE
+        data = parts[0] if len(parts) == 1 and not parts.buffers else parts.settled()
+        if type(data) is bytes or store is None:
+            return Payload(function, code, parts.joined(), chunk)
+        from . import _bulk
+
+        return Payload(function, code, b"", chunk, _bulk.pack(parts, store()))
     finally:
         _here.held = None
 
 
-def _dumps_call(pickled: tuple[bytes, bool], args: Any, kwargs: dict[str, Any], chunk: bool) -> Payload:
-    function, keep = pickled
-    if not kwargs and not chunk and _are_plain(args):
-        data = dumps_plain((args, kwargs))
-    else:
-        data = dumps(args if chunk else (args, kwargs))
-    return Payload(function, HEAD.pack(KEEP * keep + CHUNK * chunk, len(data)) + data)
+def function_of(fn: Any, held: Held | None) -> Function | None:
+    """What calls of ``fn`` may name; None: it carries state, or may change unseen, and goes with each call."""
+    if held is None or getattr(fn, "__module__", None) not in _MAINS:
+        return _dumps_kept(fn)
+    return held.function_of(fn) if held.has(fn) else None  # not to be mixed with what other pools send
+
+
+def _pickled_code(fn: Any, held: Held | None, offers: bool) -> Parts:
+    if held is not None or type(fn) is not types.FunctionType:
+        return pickled(fn, offers)
+    return _pickled_alone(fn, offers)
 
 
 def dumps(value: Any) -> bytes:
     """Pickle what goes to a worker; by reference where it can be imported there, else by value."""
+    return pickled(value, offers=False).joined()
+
+
+def pickled(value: Any, offers: bool) -> Parts:
+    """The same; ``offers``: what is big may stay where it is."""
     try:
-        data = dumps_by_reference(value)
+        parts = pickled_by_reference(value, offers=offers)
     except (pickle.PicklingError, AttributeError, TypeError):
-        return _dumps_by_value(value, shared_main=True)
+        return _pickled_by_value(value, shared_main=True, offers=offers)
     # The module of everything pickled by reference is named in the bytes.  A false alarm (the name
     # as data) costs time, nothing else.
-    return _dumps_by_value(value, shared_main=True) if _MAIN in data else data
-
-
-def _are_plain(values: Any) -> bool:
-    for value in values:  # noqa: SIM110  (a generator costs more than what is saved)
-        if type(value) not in PLAIN:
-            return False
-    return True
+    return _pickled_by_value(value, shared_main=True, offers=offers) if parts.names(_MAIN) else parts
 
 
 # ------------------------------------------------------------------ functions
@@ -119,7 +227,7 @@ class Held:
 
     def __init__(self) -> None:
         self._main = dict(_main())
-        self._names: weakref.WeakKeyDictionary[Any, tuple[bytes, set[str]]] = weakref.WeakKeyDictionary()
+        self._names: weakref.WeakKeyDictionary[Any, tuple[Function, set[str]]] = weakref.WeakKeyDictionary()
 
     def has(self, thing: Any) -> bool:
         """Is this function or class of the script in the workers, with all the globals that it uses?"""
@@ -138,10 +246,10 @@ class Held:
             for name in self._look(thing)[1]
         )
 
-    def dumps(self, thing: Any) -> bytes:
+    def function_of(self, thing: Any) -> Function:
         return self._look(thing)[0]
 
-    def _look(self, thing: Any) -> tuple[bytes, set[str]]:
+    def _look(self, thing: Any) -> tuple[Function, set[str]]:
         """By reference, and the globals that it uses, itself or through functions."""
         known = self._names.get(thing)
         if known is None:
@@ -153,7 +261,7 @@ class Held:
                     more = _names_in_code(function.__code__) - names
                     names |= more
                     todo += [self._main.get(name) for name in more]
-            known = self._names[thing] = dumps_by_reference(thing), names
+            known = self._names[thing] = Function(dumps_by_reference(thing), None, held=self), names
         return known
 
 
@@ -161,53 +269,43 @@ class Held:
 _here = threading.local()
 
 
-class _Sent(NamedTuple):
-    """A pickled function, good for as long as what it was made of is the same."""
-
-    data: bytes
-    made_of: tuple[Any, ...]
-    names: tuple[str, ...]  # in ``__main__``, and there or not
-    values: tuple[Any, ...]
+_sent: weakref.WeakKeyDictionary[Any, Function] = weakref.WeakKeyDictionary()
 
 
-_sent: weakref.WeakKeyDictionary[Any, _Sent] = weakref.WeakKeyDictionary()
-
-
-def _dumps_function(fn: Any) -> tuple[bytes, bool]:
-    """The pickle of ``fn``, and whether a worker may keep what it loads: not if it carries state."""
-    kept = _dumps_kept(fn)
-    if kept is not None:
-        return kept, True
-    return _dumps_alone(fn) if type(fn) is types.FunctionType else dumps(fn), False
-
-
-def _dumps_kept(fn: Any) -> bytes | None:
+def _dumps_kept(fn: Any) -> Function | None:
     """None: it carries state, or may change unseen."""
     if type(fn) is types.BuiltinFunctionType:
         if fn.__self__ is not None and type(fn.__self__) is not types.ModuleType:
             return None
-        made_of: tuple[Any, ...] = ()
-    elif type(fn) is types.FunctionType and fn.__closure__ is None and not fn.__dict__ and _is_findable(fn):
-        made_of = (fn.__code__, fn.__defaults__, fn.__kwdefaults__)
-    else:
+    elif type(fn) is not types.FunctionType or fn.__closure__ is not None or fn.__dict__ or not _is_findable(fn):
         return None
     known = _sent.get(fn)
-    if known is not None and known.made_of == made_of and (not known.names or _is_current(known)):
-        return known.data
+    if known is not None and known.is_current(fn):
+        return known
     names = _names_in_main(fn)
     if names is None:
         return None
-    main = _main()
-    sent = _Sent(_dumps_alone(fn), made_of, tuple(names), tuple(main.get(name, absent) for name in names))
-    _sent[fn] = sent
-    return sent.data
+    made_of = None
+    if type(fn) is types.FunctionType and not _can_be_imported(fn):
+        made_of = (fn.__code__, fn.__defaults__, fn.__kwdefaults__)
+    function = _sent[fn] = Function(_pickled_alone(fn).joined(), made_of, names)
+    return function
 
 
-def _dumps_alone(fn: Any) -> bytes:
+def _can_be_imported(fn: types.FunctionType) -> bool:
+    if fn.__module__ in _MAINS:
+        return False
+    found: Any = sys.modules.get(fn.__module__)
+    for name in fn.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is fn
+
+
+def _pickled_alone(fn: Any, offers: bool = False) -> Parts:
     """With all that it uses in it: functions within functions are not kept one by one, for they may use each other."""
     _here.function = fn
     try:
-        return dumps(fn)
+        return pickled(fn, offers)
     finally:
         _here.function = None
 
@@ -220,11 +318,6 @@ def _is_of_a_function() -> bool:
 def _is_findable(fn: types.FunctionType) -> bool:
     """By reference, or in ``__main__``, whose globals are looked at: not a lambda of another module."""
     return "<" not in fn.__qualname__ or fn.__globals__ is _main()
-
-
-def _is_current(sent: _Sent) -> bool:
-    main = _main()
-    return all(main.get(name, absent) is value for name, value in zip(sent.names, sent.values))
 
 
 def _names_in_main(fn: Any) -> dict[str, None] | None:
@@ -269,24 +362,24 @@ def _names_in_code(code: types.CodeType) -> set[str]:
 
 def dumps_by_value(value: Any) -> bytes:
     """Pickle what goes to a worker in one go: what is handed to a process at its start is noted at every pickling."""
-    return _dumps_by_value(value, shared_main=True)
+    return _pickled_by_value(value, shared_main=True, offers=False).joined()
 
 
-def dumps_home_by_value(value: Any) -> bytes:
+def pickled_home_by_value(value: Any, *, offers: bool) -> Parts:
     """Pickle a result that cannot be pickled by reference."""
-    return _dumps_by_value(value, shared_main=False)
+    return _pickled_by_value(value, shared_main=False, offers=offers)
 
 
-def _dumps_by_value(value: Any, *, shared_main: bool) -> bytes:
+def _pickled_by_value(value: Any, *, shared_main: bool, offers: bool) -> Parts:
     try:
-        return _pickled(value, shared_main)
+        return _pickled(value, shared_main, offers)
     except Exception:
         if not shared_main or getattr(_careful, "tried", None) is not None:
             raise
         # Perhaps it is only a global of the script that cannot be sent, and the call does not even touch it.
         _careful.tried = set()
         try:
-            return _pickled(value, shared_main)
+            return _pickled(value, shared_main, offers)
         except Exception:
             pass
         finally:
@@ -294,10 +387,10 @@ def _dumps_by_value(value: Any, *, shared_main: bool) -> bytes:
         raise
 
 
-def _pickled(value: Any, shared_main: bool) -> bytes:
-    file = io.BytesIO()
-    _by_value_pickler(shared_main)(file, PROTOCOL).dump(value)
-    return file.getvalue()
+def _pickled(value: Any, shared_main: bool, offers: bool) -> Parts:
+    parts = Parts()
+    _by_value_pickler(shared_main)(parts, PROTOCOL, parts.offer if offers else None).dump(value)
+    return parts
 
 
 def _by_value_pickler(shared_main: bool) -> Any:
@@ -339,7 +432,7 @@ def _by_value_pickler(shared_main: bool) -> Any:
                 if type(obj) is types.FunctionType and obj.__module__ in _MAINS and not _is_of_a_function():
                     kept = _dumps_kept(obj)
                     if kept is not None:
-                        return _unpack.kept_function, (kept,)
+                        return _unpack.kept_function, (kept.data,)
                 return super().reducer_override(obj)
 
             def _dynamic_function_reduce(self, func: Any) -> Any:
@@ -395,6 +488,10 @@ def _with_slots(cls: type, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _their_reducers() -> dict[type, Any]:
+    try:
+        from multiprocessing.reduction import ForkingPickler  # (a worker that loads this module seldom needs that)
+    except (ImportError, OSError):  # a task has left its worker unable to load it: then it has nothing to reduce
+        return {}
     reducers: dict[type, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
     return reducers
 
@@ -433,7 +530,7 @@ def _sendable(name: str, value: Any) -> Any:
         return value
     tried.add(id(value))
     try:
-        _pickled(value, True)
+        _pickled(value, True, False)
     except Exception as error:
         return Unsent(name, f"{type(error).__name__}: {error}")
     return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED
 from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
@@ -52,12 +52,9 @@ class ProcessFuture(SafeFuture, pebble.ProcessFuture):  # type: ignore[misc]
 
     def cancel(self) -> bool:
         """False: it is done already."""
-        with self._lock:
-            if self._state in (CANCELLED, CANCELLED_AND_NOTIFIED):
-                return True
-            if self._state == FINISHED:
-                return False
-            self._end(CANCELLED_AND_NOTIFIED)
+        self._withhold()
+        if not self._end_for_all(CANCELLED_AND_NOTIFIED):
+            return self.cancelled()
         self._home.cancel(self._task, kill=True)
         self._call_callbacks()
         return True

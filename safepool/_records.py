@@ -43,7 +43,7 @@ class Worker:
         self.booted = False
         self.ready = False
         self.ended_by_us = False  # its death is no surprise
-        self.sent: deque[Task] = deque()  # in the order in which it will run them
+        self.sent: deque[int | Task] = deque()  # in the order in which it will run them; plain ones are numbers
         self.sent_bytes = 0
         self.begun = False  # it acknowledged the first of ``sent``
         self.begun_at = 0.0
@@ -53,6 +53,11 @@ class Worker:
         self.unfit = ""  # why its initializer failed
         self.quiet_since = 0.0  # it has a task to begin since then, and has not said that it began
         self.start_is_awaited = False  # a timer looks at that
+
+    def number_at_head(self) -> int:
+        """Of the task that it runs, or runs next."""
+        head = self.sent[0]
+        return head if isinstance(head, int) else head.new.task
 
     def __repr__(self) -> str:
         return f"<worker {self.number} {self.state.value} has {len(self.sent)}{' begun' if self.begun else ''}>"

@@ -136,3 +136,10 @@ class Side:
 
     def is_current(self) -> bool:
         return self._thread is threading.current_thread()
+
+
+def tell_aside(level: int, message: str, *args: object, error: BaseException | None = None) -> None:
+    """As ``tell``, on a thread nobody waits for: its handlers may block, and stderr may be a pipe that is full."""
+    with suppress(RuntimeError):
+        words = level, message, *args
+        threading.Thread(target=tell, args=words, kwargs={"error": error}, daemon=True).start()

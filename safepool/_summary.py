@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import Any
 
 from . import _os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
 
 COUNTS = ("pools", "done", "failed", "cancelled", "retried", "killed", "workers_lost")
 MOST_TOLD = 100  # failures by name

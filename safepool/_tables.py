@@ -51,7 +51,8 @@ WORKER_EDGES: dict[WorkerState, frozenset[WorkerState]] = {
 TASK_EDGES: dict[TaskState, frozenset[TaskState]] = {
     _T.QUEUED: frozenset({_T.SENT, _T.SETTLED}),
     _T.SENT: frozenset({_T.RUNNING, _T.QUEUED, _T.DOOMED, _T.ASKED, _T.SETTLED}),
-    _T.RUNNING: frozenset({_T.DOOMED, _T.ASKED, _T.SETTLED}),
+    # (To QUEUED: its worker had drawn the ticket of a batch, and ended before it came to this one.)
+    _T.RUNNING: frozenset({_T.DOOMED, _T.ASKED, _T.SETTLED, _T.QUEUED}),
     _T.DOOMED: frozenset({_T.ASKED, _T.SETTLED}),
     _T.ASKED: frozenset({_T.BACKOFF, _T.QUEUED, _T.SETTLED}),
     _T.BACKOFF: frozenset({_T.QUEUED, _T.SETTLED}),

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from . import _events as e
-from ._call import Call
+from ._link import Answer
 from ._summary import COUNTS, MOST_TOLD
 from ._words import words_of
 from .errors import _Facts
@@ -77,16 +77,18 @@ class PoolTally:
         self._began: dict[int, float] = {}
         self._sent_home: set[int] = set()  # workers that end because the pool wants it (and not: that are lost already)
 
-    def saw(self, event: e.Event, commands: Sequence[e.Command], calls: Mapping[int, Call]) -> None:
+    def saw(self, event: e.Event, commands: Sequence[e.Command], futures: Mapping[int, SafeFuture]) -> None:
         """``commands``: the core's answer to ``event``, not yet carried out."""
         for command in commands:
             kind = type(command)
             if kind is e.Began:
                 self._began[command.task] = event.now  # type: ignore[union-attr]
             elif kind is e.Resolve:
-                self._resolved(event.now, [calls[task] for task in command.tasks])  # type: ignore[union-attr]
+                self._resolved(event.now, [futures[task] for task in command.tasks])  # type: ignore[union-attr]
             elif kind is e.Fail:
-                self._failed(event.now, command, calls[command.task])  # type: ignore[arg-type, union-attr]
+                self._failed(event.now, command, futures[command.task])  # type: ignore[arg-type, union-attr]
+            elif kind is e.Cancel:
+                self._tally.add(cancelled=len(command.tasks))  # type: ignore[union-attr]
             elif kind is e.AskRetry and command.failure.kind != "result":  # type: ignore[union-attr]
                 self._attempt_ended(event.now, command.task, command.failure.kind)  # type: ignore[union-attr]
             elif (kind is e.Kill or kind is e.AskExit) and type(event) is not e.ChannelLost:
@@ -103,24 +105,24 @@ class PoolTally:
         """On the thread of whoever submitted it: the call could not be pickled."""
         self._tally.add_failure(future, words_of(error))
 
-    def _resolved(self, now: float, ended: list[Call]) -> None:
+    def _resolved(self, now: float, ended: list[SafeFuture]) -> None:
         done = 0
-        for call in ended:
-            if call.error is None and call.answer is not None and call.answer.ok:
+        for future in ended:
+            if _returned(future):
                 done += 1
-                self._began.pop(call.future._task, None)
+                self._began.pop(future._task, None)
                 continue
-            self._attempt_ended(now, call.future._task, "error")
-            self._tally.add_failure(call.future, _last_line(call))
+            self._attempt_ended(now, future._task, "error")
+            self._tally.add_failure(future, _last_line(future))
         if done:
             self._tally.add(done=done)
 
-    def _failed(self, now: float, command: e.Fail, call: Call) -> None:
+    def _failed(self, now: float, command: e.Fail, future: SafeFuture) -> None:
         self._attempt_ended(now, command.task, command.failure.kind)
         if command.failure.kind == "cancelled":
             self._tally.add(cancelled=1)
         else:
-            self._tally.add_failure(call.future, "")
+            self._tally.add_failure(future, "")
 
     def _attempt_ended(self, now: float, task: int, why: str) -> None:
         """It came to nothing."""
@@ -134,13 +136,26 @@ def _words_of(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {error}" if issubclass(type(error), _Facts) else type(error).__name__
 
 
-def _last_line(call: Call) -> str:
+def _returned(future: SafeFuture) -> bool:
+    record = future._record
+    answer = _answer_of(future)
+    return (record is None or record.error is None) and (answer is None or answer.ok)
+
+
+def _answer_of(future: SafeFuture) -> Answer | None:
+    record = future._record
+    return future._answer if record is None or record.answer is None else record.answer
+
+
+def _last_line(future: SafeFuture) -> str:
     """Of the traceback that the worker sent: the type and the message of the error, or its first line."""
-    if call.future.attempts:
-        return call.future.attempts[-1]._words
-    if call.error is not None or call.answer is None:
+    record = future._record
+    if future.attempts:
+        return future.attempts[-1]._words
+    answer = _answer_of(future)
+    if answer is None or (record is not None and record.error is not None):
         return ""
-    text = call.answer.text.decode(errors="replace").partition(MEMBERS)[0]
+    text = answer.text.decode(errors="replace").partition(MEMBERS)[0]
     lines = [line.removeprefix("  | ") for line in text.splitlines()]
     frames = [at for at, line in enumerate(lines) if line.startswith("  File ")]
     after = lines[frames[-1] + 1 :] if frames else lines

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import builtins
 import functools
+import os
 import sys
 from _pickle import Pickler, PicklingError  # what pickle gives out under the same names
 from _pickle import dumps as _dumps
 from _pickle import loads as _loads
 from _struct import Struct
 from copyreg import dispatch_table
-from io import BytesIO
+from marshal import loads as _unmarshal
 from types import FunctionType
+
+from ._parts import BIG_BYTES, Parts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,13 +26,19 @@ if TYPE_CHECKING:
 
 PROTOCOL = 5  # the highest that pickle has
 MOST_FUNCTIONS = 512  # that a worker keeps loaded
-HEAD = Struct("<BQ")  # flags, length of the pickled arguments; they and the function follow
-KEEP, CHUNK = 1, 2
+HEAD = Struct("<BIQ")  # flags, number of the function, length of the pickled arguments; they and the function follow
+# A call of the function for each of them; its begin is told; each is its one argument; they are marshalled; the
+# function is among them; they are big, and come here all the same.
+CHUNK, TOLD, ONE, MARSHALLED, WHOLE, INLINED = 1, 2, 4, 8, 16, 32
 PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
+#: Of these no value is so big that it were better pickled.
+SMALL = frozenset({int, float, bool, type(None)})
 NOT_SET = frozenset({"__globals__", "__closure__", "_cloudpickle_submodules"})  # of the state of a function
 absent = object()
 
-_functions: dict[bytes, Any] = {}  # loaded, by their pickle
+_functions: dict[bytes, Any] = {}  # those within arguments, loaded, by their pickle
+_sent: dict[int, bytes] = {}  # functions by number, as they came
+_loaded: dict[int, Any] = {}  # those that were called
 
 
 def loads(body: bytes) -> Any:
@@ -39,6 +48,14 @@ def loads(body: bytes) -> Any:
 def dumps_plain(value: Any) -> bytes:
     """Only for what consists of ``PLAIN`` things: half the cost of a pickler that knows more."""
     return _dumps(value, PROTOCOL)
+
+
+def are_small(values: Any) -> bool:
+    """All of them ``SMALL``?"""
+    try:
+        return SMALL.issuperset(map(type, values))
+    except Exception:  # a class that cannot be hashed
+        return False
 
 
 def kept_function(data: bytes) -> Any:
@@ -52,46 +69,129 @@ def kept_function(data: bytes) -> Any:
     return fn
 
 
-def loads_call(body: bytes) -> tuple[Any, Any, dict[str, Any], bool]:
-    """What a worker runs: (fn, args, kwargs, is_chunk); for a chunk it is ``fn(*one)`` for each of ``args``.
+def is_known(known: set[int], number: int) -> bool:
+    """At home: has the worker that was sent ``known`` this function still?  It has from now on."""
+    if number in known:
+        return True
+    if len(known) >= MOST_FUNCTIONS:
+        known.clear()
+    known.add(number)
+    return False
 
+
+def keep_function(number: int, data: bytes) -> None:
+    """A function that carries no state, for all calls that name its number; ``is_known`` counts with it at home."""
+    if len(_sent) >= MOST_FUNCTIONS:
+        _sent.clear()
+        _loaded.clear()
+    _sent[number] = data
+
+
+def function_of(number: int) -> Any:
+    """Raises whatever unpickling raises, for each call of it again."""
+    fn = _loaded.get(number, absent)
+    if fn is absent:
+        fn = _loaded[number] = _loads(_sent[number])
+    return fn
+
+
+def is_told(body: bytes) -> bool:
+    """Does whoever sent this call want to know when it begins?"""
+    return bool(body[0] & TOLD)
+
+
+def message_in(body: bytes) -> bytes:
+    """Of a call whose arguments came another way: what tells of them."""
+    return body[HEAD.size : HEAD.size + HEAD.unpack_from(body)[2]]
+
+
+def loads_call(call: bytes | tuple[bytes, Any]) -> tuple[Any, Any, dict[str, Any], int]:
+    """What a worker runs: (fn, args, kwargs, flags); for a ``CHUNK`` it is a call for each of ``args``.
+
+
+    ``call``: what was sent; with it, if that came another way, what holds the arguments, which is closed here.
     Raises whatever unpickling raises.
     """
-    flags, length = HEAD.unpack_from(body)
+    body, held = call if isinstance(call, tuple) else (call, None)
+    flags, number, length = HEAD.unpack_from(body)
     end = HEAD.size + length
-    function = body[end:]
-    fn = kept_function(function) if flags & KEEP else _loads(function)
-    with memoryview(body) as view:
-        rest = _loads(view[HEAD.size : end])
+    if flags & INLINED:
+        from ._bulk import Inlined
+
+        held = Inlined.of(memoryview(body)[HEAD.size : end])
+    try:
+        fn = function_of(number) if number else None if flags & WHOLE else _loads(body[end:])
+        if held is not None:
+            rest = held.load()
+        else:
+            with memoryview(body) as view:
+                rest = (_unmarshal if flags & MARSHALLED else _loads)(view[HEAD.size : end])
+    finally:
+        if held is not None:
+            held.close()
+    if flags & WHOLE:
+        fn, rest = rest
     if flags & CHUNK:
-        return fn, rest, {}, True
+        return fn, rest, {}, flags
     args, kwargs = rest
-    return fn, args, kwargs, False
+    return fn, args, kwargs, flags
 
 
 def dumps_result(result: Any) -> bytes:
     """Pickle what comes back: home has its own ``__main__``, so by value only if need be."""
     if type(result) in PLAIN:
         return _dumps(result, PROTOCOL)
+    return _pickled_result(result, offers=False).joined()
+
+
+def dumps_big_result(result: Any) -> bytes | Parts:
+    """The same; parts, if it is big."""
+    kind = type(result)
+    if kind in PLAIN:
+        if (kind is not bytes and kind is not str) or len(result) < BIG_BYTES:
+            return _dumps(result, PROTOCOL)
+        parts = Parts()
+        Pickler(parts, PROTOCOL).dump(result)
+    else:
+        parts = _pickled_result(result, offers=True)
+    return parts[0] if len(parts) == 1 and not parts.buffers else parts.settled()
+
+
+def _pickled_result(result: Any, *, offers: bool) -> Parts:
     try:
-        return dumps_by_reference(result)
+        return pickled_by_reference(result, offers=offers)
     except (PicklingError, AttributeError, TypeError) as refusal:
         try:
-            return _dumps_unusual_result(result)
+            return _unusual_result(result, offers=offers)
         except (ImportError, OSError):  # a task has left its worker unable to load what that needs
             raise refusal from None
 
 
-def _dumps_unusual_result(result: Any) -> bytes:
-    had_reducers = bool(_their_reducers())
+def _unusual_result(result: Any, *, offers: bool) -> Parts:
     from . import _payload
 
-    if not had_reducers:
+    if not _their_reducers():
         try:
-            return dumps_by_reference(result)  # a socket, perhaps
-        except (PicklingError, AttributeError, TypeError):
+            __import__("multiprocessing.reduction")
+            return pickled_by_reference(result, offers=offers)  # a socket, perhaps
+        except (PicklingError, AttributeError, TypeError, ImportError, OSError):
             pass
-    return _payload.dumps_home_by_value(result)
+    return _payload.pickled_home_by_value(result, offers=offers)
+
+
+class TaskUnreadable(Exception):
+    """That of ``errors``, which it is when it comes home; loading that here would take longer than most tasks."""
+
+    __module__ = f"{__package__}.errors"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _task_unreadable, (str(self), os.getpid())
+
+
+def _task_unreadable(why: str, pid: int) -> BaseException:
+    from .errors import TaskUnreadable
+
+    return TaskUnreadable(why, pid=pid)
 
 
 class _Pickler(Pickler):
@@ -102,10 +202,15 @@ class _Pickler(Pickler):
 
 
 def dumps_by_reference(value: Any) -> bytes:
+    return pickled_by_reference(value, offers=False).joined()
+
+
+def pickled_by_reference(value: Any, *, offers: bool) -> Parts:
+    """``offers``: what is big may stay where it is."""
     _refresh_reducers()
-    file = BytesIO()
-    _Pickler(file, PROTOCOL).dump(value)
-    return file.getvalue()
+    parts = Parts()
+    _Pickler(parts, PROTOCOL, buffer_callback=parts.offer if offers else None).dump(value)
+    return parts
 
 
 def _refresh_reducers() -> None:

@@ -15,6 +15,7 @@ import os
 import select
 import sys
 from importlib import import_module
+from itertools import count
 
 from . import _newborn, _worker
 from ._os import linux
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from ._packets import Preload
 
 QUIET_S = 0.01  # a worker that starts does not share its processor with what only later ones need
+IDLE_S = 0.03  # then the program has made no pool yet, or its keeper was started in advance
+AS_IT_IS = 2  # spares that are forked in a hurry before the zygote is complete: what they lack they load themselves
 
 
 def serve(channel: _socket.socket, preload: Preload, keeper: int) -> None:
@@ -39,20 +42,25 @@ def serve(channel: _socket.socket, preload: Preload, keeper: int) -> None:
             return
     gc.freeze()
     is_complete = preload is not None
-    while True:
+    for forked in count(1):
         if not _fork_in_advance(channel, keeper):
             _say(channel, "failed", "the system refused to fork")
+        if not is_complete and not select.select([channel], [], [], IDLE_S)[0]:
+            is_complete = _complete()
         asked = HURRY
         while asked == HURRY:
             asked = channel.recv(1)
         if not asked:
             return
-        if asked == SOON:
-            select.select([channel], [], [], QUIET_S)  # or until it is urgent
-        if not is_complete:
-            is_complete = True
-            _worker.complete(by_value=True)
-            gc.freeze()
+        is_urgent = asked != SOON or bool(select.select([channel], [], [], QUIET_S)[0])
+        if not is_complete and not (is_urgent and forked < AS_IT_IS):
+            is_complete = _complete()
+
+
+def _complete() -> bool:
+    _worker.complete(by_value=True)
+    gc.freeze()
+    return True
 
 
 def _fork_in_advance(channel: _socket.socket, keeper: int) -> bool:

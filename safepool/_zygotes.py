@@ -76,6 +76,11 @@ class Zygotes:
         zygote.waiting.append((ward, body, fds))
         self._serve(zygote)
 
+    def load(self, key: str, preload: Preload) -> None:
+        """Have one that loads it, while nobody asks for it yet.  Raises ``OSError``."""
+        if key not in self._there and self._has_room():
+            self._add(key, preload)
+
     def start(self) -> None:
         """Have a spare, while nobody asks for it yet."""
         self._add(PLAIN, None)

@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 FAILED = 1
 WRONG = 2
@@ -88,7 +91,7 @@ RUN_VALUES = {
     "--stall-timeout": "seconds without progress after which what runs in a pool is stopped",
     "--retry": "how often a failed task is tried again",
     "--start-method": "fork, spawn or forkserver, whatever the program asks for",
-    "--preload": "modules, separated by commas, that are imported once, before workers are forked",
+    "--preload": "modules, separated by commas: imported once, from when the program loads a pool; workers have them",
     "--leftovers": "kill (default), report or leave what tasks leave behind",
     "--time-limit": "seconds for the whole program; then SIGTERM, and SIGKILL after the grace; exit status 124",
     "--grace": "seconds from SIGTERM to SIGKILL (default: 2)",

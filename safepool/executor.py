@@ -13,18 +13,20 @@ import weakref
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future, process
+from contextlib import suppress
 from multiprocessing import util
 from time import monotonic
 
-from . import _os, _payload
-from ._call import Call
+from . import _os, _payload, _unpack
+from ._call import likeness
 from ._launch import launcher_of
-from ._payload import Held, Payload
+from ._payload import Held
+from ._stream import Stream, emptied
 from ._watchdog import Watchdog
 from ._words import exact, traceback_of
 from ._worker import Setup
 from .errors import PoolBroken
-from .future import SafeFuture, blame, remote_traceback
+from .future import Kind, SafeFuture, blame, remote_traceback
 from .policy import MAX_WINDOWS_WORKERS, LaunchPolicy, PoolPolicy, TaskOptions, as_preload, seconds
 
 TYPE_CHECKING = False
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from ._watchdog import Observer
     from .policy import Isolation, OnLeftovers, OnWorkerDeath
 
+STREAM_FROM = 4  # items for each worker: so many are worth it
 _tasks = itertools.count(1)
 _pools = itertools.count(1)
 
@@ -66,6 +69,7 @@ class _Submitter(Executor):
     ) -> Iterator[Any]:
         """``fn`` over the items of ``iterables``, in their order, like the built-in ``map``.
 
+        What has a length is taken at once, a generator item by item, while its first ones run already.
         ``timeout``: seconds from this call until the last result; ``chunksize``: items per task;
         ``buffersize``: take no more than so many tasks' items in advance (None: all, now).
         Raises ``TypeError`` or ``ValueError`` for wrong arguments; the iterator raises ``TimeoutError``,
@@ -81,17 +85,35 @@ class _Submitter(Executor):
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
         end = None if timeout is None else monotonic() + timeout
-        calls = zip(*iterables)
-        if chunksize == 1:
-            todo = (lambda call=call: self.submit(fn, *call) for call in calls)
-            return _in_order(todo, end, buffersize)
-        chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
+        has_one = len(iterables) == 1
+        how = (_unpack.ONE if has_one else 0) | (_unpack.CHUNK if chunksize > 1 else 0)
+        calls: Iterator[Any] = iter(iterables[0]) if has_one else zip(*iterables)
+        chunks: Iterator[Any] = iter(lambda: list(itertools.islice(calls, chunksize)), [])
         pool, options = self._pool(), self._options
-        if getattr(self.submit, "__func__", None) is _Submitter.submit:
-            todo = (lambda chunk=chunk: pool._submit(options, fn, chunk, {}, chunk=True) for chunk in chunks)
-        else:  # a subclass, or somebody who shows progress, wants to see each chunk, as with the stdlib's
-            todo = (lambda chunk=chunk: self.submit(_run_chunk, fn, chunk) for chunk in chunks)
+        if buffersize is None and self._is_plain() and pool._has_streams() and all(map(_is_at_hand, iterables)):
+            found, are_plain = _taken_while_plain(calls if chunksize == 1 else chunks, chunksize, has_one=has_one)
+            stream = pool._stream(options, fn, found, how) if are_plain else None
+            if stream is not None:
+                return stream.outcomes(end)
+            if chunksize == 1:
+                calls = iter(found)
+            else:
+                chunks = itertools.chain(found, chunks)
+        if chunksize == 1:
+            todo = (lambda call=call: self.submit(fn, *call) for call in (zip(calls) if has_one else calls))
+            return _in_order(todo, end, buffersize)
+        if self._is_plain():
+            todo = (lambda chunk=chunk: pool._submit(options, fn, chunk, {}, chunk=how) for chunk in chunks)
+        else:
+            todo = (
+                lambda chunk=chunk: self.submit(_run_chunk, fn, list(zip(chunk)) if has_one else chunk)
+                for chunk in chunks
+            )
         return _flat(_in_order(todo, end, buffersize))
+
+    def _is_plain(self) -> bool:
+        """A subclass, or somebody who shows progress, wants to see each submit, as with the stdlib's."""
+        return getattr(self.submit, "__func__", None) is _Submitter.submit
 
     def options(self, **options: Any) -> PoolView:
         """This pool, under other task options: ``timeout``, ``deadline``, ``retry``, ``name``.
@@ -195,9 +217,10 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         self._forks = launcher.method == "fork"
         self._launcher = launcher
         self._held: Held | None = None
+        self._kind: Kind | None = None  # of the last call
         self._shutdown_thread = False
         self._lock = threading.RLock()  # the garbage collector may run a finalizer that submits
-        setup = Setup(initializer, tuple(initargs))
+        setup = Setup(initializer, tuple(initargs), workers)
         self._watchdog = Watchdog(policy, launcher, setup, name, observer=self._make_observer())
         # Dropped without shutdown: what was submitted is finished, then everything ends.
         self._dropped = weakref.finalize(self, self._watchdog.shutdown, cancel=False)
@@ -219,34 +242,86 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         args: Iterable[Any],
         kwargs: dict[str, Any],
         *,
-        chunk: bool = False,
+        chunk: int = 0,
     ) -> SafeFuture:
         if not callable(fn):
             raise TypeError(f"fn must be callable; got {fn!r}")
         watchdog = self._watchdog
         self._check_open()
-        if watchdog.thread is None:
+        kind = self._kind
+        if (
+            kind is None
+            or kind.fn is not fn
+            or kind.options is not options
+            or kind.function is None
+            or not kind.function.is_current(fn)
+        ):
+            kind = self._kind_of(fn, options)
+        if kind.function is not None and not kwargs and not chunk and _payload.are_plain(args):  # type: ignore[arg-type]
+            future = self._future_class(watchdog, next(_tasks), kind, args)
+            if watchdog.thread is not None:
+                watchdog.submit(future)
+                return future
+        else:
+            future = self._pickled(kind, args, kwargs, chunk)
+        self._begin(future)
+        return future
+
+    def _kind_of(self, fn: Callable[..., Any], options: TaskOptions) -> Kind:
+        """And keep it, for the next call is often of the same function; but nothing that carries state."""
+        if self._watchdog.thread is None:
             self._launcher.prepare()
-        future = self._future_class(watchdog, next(_tasks), options.name or _name_of(fn))
-        payload: Payload | None
+        function = None
+        with suppress(Exception):  # whatever pickling may raise: it does so again, where the future can tell
+            function = _payload.function_of(fn, self._what_workers_hold())
+        kind = Kind(fn, function, options.name or _name_of(fn), options, likeness(options))
+        if function is not None:
+            self._kind = kind
+        return kind
+
+    def _pickled(self, kind: Kind, args: Iterable[Any], kwargs: dict[str, Any], chunk: int) -> SafeFuture:
+        """A future of a call of any kind; if it cannot be pickled, one that has failed."""
+        watchdog = self._watchdog
+        future = self._future_class(watchdog, next(_tasks), kind)
         try:
-            payload = _payload.dumps_call(fn, args, kwargs, chunk=chunk, held=self._what_workers_hold())
+            held, store = self._what_workers_hold(), watchdog.made_store if "big_data" in _os.CAPABILITIES else None
+            future._payload = _payload.dumps_call(kind.fn, args, kwargs, chunk=chunk, held=held, store=store)
         except KeyboardInterrupt:
             raise  # more likely the user's than the argument's
         except BaseException as error:
             _fail_unsent(future, error)
             if watchdog.observer is not None:
                 watchdog.observer.unsent(future, error)
-            payload = None
+        return future
+
+    def _has_streams(self) -> bool:
+        return self._watchdog.observer is None and "board" in _os.CAPABILITIES
+
+    def _stream(self, options: TaskOptions, fn: Callable[..., Any], calls: list[Any], how: int) -> Stream | None:
+        """For items, or chunks, that are plain, and so can travel by the hundred; None: here, or so few, should not.
+
+        ``how``: see ``Stream``.
+        """
+        if len(calls) < STREAM_FROM * self._max_workers:
+            return None
+        self._check_open()
+        kind = self._kind_of(fn, options)
+        if not kind.is_plain or kind.function is None:
+            return None
+        stream = Stream(self._watchdog, kind, calls, how)
+        self._begin(stream)
+        return stream
+
+    def _begin(self, future: SafeFuture | Stream) -> None:
+        watchdog = self._watchdog
         with self._lock:
             self._check_open()
             if watchdog.thread is None:
                 _at_exit_end(watchdog, self._finishes_at_exit)
-            if payload is None:
+            if isinstance(future, SafeFuture) and future._payload is None:
                 watchdog.want_worker()
             else:
-                watchdog.submit(Call(future, payload, options, monotonic()))
-        return future
+                watchdog.submit(future)
 
     def _what_workers_hold(self) -> Held | None:
         if not self._forks:
@@ -258,6 +333,8 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
 
     def _check_open(self) -> None:
         watchdog = self._watchdog
+        if not self._shutdown_thread and watchdog.broken is None and not _exiting and not watchdog.is_fork():
+            return
         if watchdog.is_fork():
             raise RuntimeError("this pool belongs to the process that made it; make another one after a fork")
         if (reason := self._broken) is not False:
@@ -435,6 +512,24 @@ def _fail_unsent(future: SafeFuture, error: BaseException) -> None:
 # ------------------------------------------------------------------------ map
 
 
+def _is_at_hand(items: Iterable[Any]) -> bool:
+    """To take all of them takes no time, and waits for nothing; a generator may wait for what an earlier task does."""
+    return hasattr(items, "__len__") or isinstance(items, itertools.repeat)
+
+
+def _taken_while_plain(calls: Iterator[Any], chunksize: int, *, has_one: bool) -> tuple[list[Any], bool]:
+    """These, or those up to the first chunk that has something that is not plain; and have they not?"""
+    if chunksize == 1:
+        found = list(calls)
+        return found, _payload.are_all_plain(found, has_one=has_one)
+    found = []
+    for chunk in calls:
+        found.append(chunk)
+        if not _payload.are_all_plain(chunk, has_one=has_one):
+            return found, False
+    return found, True
+
+
 def _in_order(todo: Iterator[Callable[[], Future[Any]]], end: float | None, buffersize: int | None) -> Iterator[Any]:
     """Begin at the call, not at the first ``next``."""
     waiting = deque(start() for start in itertools.islice(todo, buffersize))
@@ -447,9 +542,7 @@ def _run_chunk(fn: Callable[..., Any], chunk: list[tuple[Any, ...]]) -> list[Any
 
 def _flat(chunks: Iterator[list[Any]]) -> Iterator[Any]:
     for chunk in chunks:
-        chunk.reverse()
-        while chunk:
-            yield chunk.pop()
+        yield from chunk if _unpack.are_small(chunk) else emptied(chunk)
 
 
 def _results(

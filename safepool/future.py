@@ -7,6 +7,7 @@ for a pool that is gone.
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import (
@@ -23,30 +24,78 @@ from time import monotonic
 from . import _unpack
 from ._link import Answer
 from ._log import ERROR, tell
+from ._wire import plain_in
 from ._words import words_of
 from .errors import Attempt, ResultUnreadable, Unfinished, with_attempts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
     from typing import Any, Protocol
 
+    from ._call import Record
+    from ._events import NewTask
+    from ._payload import Function
     from .leaving import Leftover
+    from .policy import TaskOptions
 
     class Home(Protocol):
         """What a future asks of its pool: the watchdog."""
 
-        progress: int
-
-        def cancel(self, task: int, *, kill: bool = False, wait: bool = False) -> None: ...
+        @property
+        def progress(self) -> int: ...
+        def cancel_range(self, first: int, last: int) -> None: ...
+        def cancel(self, task: int, *, kill: bool = False, wait: bool = False, unsent: bool = False) -> None: ...
         def check(self) -> None: ...
         def deliver(self, job: Callable[[], object]) -> None: ...
+        def harvest(self, *, wait: bool) -> None: ...
         def is_fork(self) -> bool: ...
+        def look(self) -> None: ...
         def state_of(self, task: int) -> str: ...
 
 
 LOOK_AFTER_S = 1.0
 _DONE = (CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED)
+_OPEN = (PENDING, RUNNING)
+
+#: Held for a few lines only: while a future becomes done that nobody waits for, is sent or cancelled, and while a
+#: ``_Sync`` is made.  So most futures need no lock of their own.
+_brief = threading.RLock()
+
+
+class _Sync:
+    """What a future needs once somebody waits for it, or wants to be called: its own lock, and who they are.
+
+    Its own: the stdlib's wait() takes the locks of several futures in an order that it can only keep if no two of
+    them share one.
+    """
+
+    __slots__ = ("callbacks", "condition", "lock", "sleepers", "waiters")
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.sleepers: list[Any] = []  # locks that are released when it is done
+        self.waiters: list[Any] = []
+        self.callbacks: list[Callable[[Future[Any]], object]] = []
+        self.condition: threading.Condition | None = None
+
+
+class Kind:
+    """What calls of one function under the same options have in common: a million futures share it."""
+
+    __slots__ = ("fn", "function", "has_record", "is_judged", "is_plain", "like", "name", "options")
+
+    def __init__(
+        self, fn: Any, function: Function | None, name: str, options: TaskOptions, like: NewTask | None = None
+    ) -> None:
+        self.fn = fn
+        self.function = function  # None: it goes with each call
+        self.name = name
+        self.options = options
+        self.like = like  # what the core must know of each
+        self.is_judged = options.retry is not None and like is None  # results, too, may be worth another attempt
+        self.has_record = options.deadline is not None or options.retry is not None
+        self.is_plain = options.timeout is None and options.deadline is None and options.retry is None
 
 
 class SafeFuture(Future["Any"]):
@@ -58,41 +107,92 @@ class SafeFuture(Future["Any"]):
     pool asks that) and ``name``.  Under asyncio it can be awaited: whoever is cancelled over it kills the task.
     """
 
+    # Slots for what every future has.  What few have is an attribute of its own, with a default here.
+    __slots__ = (
+        "_answer", "_exception", "_home", "_kind", "_payload", "_pid", "_result", "_sent", "_state", "_submitted",
+        "_sync", "_task",
+    )  # fmt: skip
+    attempts: tuple[Attempt, ...] = ()
     leftovers: tuple[Leftover, ...] = ()
     stacks = ""
+    _record: Record | None = None
+    is_batch = False
+    how = 0  # as a batch has it
 
-    def __init__(self, home: Home, task: int, name: str) -> None:
-        # What Future.__init__ sets, but for the Condition, which is most of what a future costs: it is
-        # made when somebody waits.  The lock is this future's own: the stdlib's wait() takes the locks
-        # of several futures in an order that it can only keep if no two of them share one.
-        self._lock = threading.RLock()
+    def __init__(self, home: Home, task: int, kind: Kind, payload: Any = None) -> None:
+        # What Future.__init__ sets, but for the Condition and the lists, which are most of what a future costs: they
+        # are made when somebody waits.
         self._state = PENDING
         self._result = self._exception = None
-        self._waiters: list[Any] = []
-        self._done_callbacks: list[Callable[[Future[Any]], object]] = []
-        self._own_condition: threading.Condition | None = None
+        self._answer: Answer | None = None
+        self._sync: _Sync | None = None
+        self._pid: int | None = None
         self._home = home
         self._task = task
-        self.name = name
-        self.worker_pid: int | None = None
+        self._kind = kind
+        self._payload = payload  # plain arguments, or a ``Payload``
+        if kind.has_record:
+            self._submitted = monotonic()
         self._sent = False  # at a worker: only the watchdog can tell whether it has begun
-        self._answer: Answer | None = None  # to be unpickled
-        self.attempts: tuple[Attempt, ...] = ()
+
+    def _made_record(self) -> Record:
+        if self._record is None:
+            from ._call import Record
+
+            self._record = Record()
+        return self._record
+
+    @property
+    def name(self) -> str:
+        return self._kind.name
+
+    @property
+    def worker_pid(self) -> int | None:
+        """Of the worker that runs it or last ran it, if one has begun it."""
+        if self._pid is None and self._state == PENDING and self._sent:
+            self._home.look()
+        return self._pid
+
+    def _made_sync(self) -> _Sync:
+        sync = self._sync
+        if sync is None:
+            fresh = _Sync()
+            with _brief:
+                sync = self._sync
+                if sync is None:
+                    sync = self._sync = fresh
+        return sync
 
     @property
     def _condition(self) -> threading.Condition:  # type: ignore[override]
-        if self._own_condition is None:
-            fresh = threading.Condition(self._lock)
-            with self._lock:
-                if self._own_condition is None:
-                    self._own_condition = fresh
-        return self._own_condition
+        sync = self._made_sync()
+        if sync.condition is None:
+            fresh = threading.Condition(sync.lock)
+            with sync.lock:
+                if sync.condition is None:
+                    sync.condition = fresh
+        return sync.condition
+
+    @property
+    def _lock(self) -> Any:
+        return self._made_sync().lock
+
+    @property
+    def _waiters(self) -> list[Any]:  # type: ignore[override]
+        return self._made_sync().waiters
+
+    @property
+    def _done_callbacks(self) -> list[Callable[[Future[Any]], object]]:
+        return self._made_sync().callbacks
 
     def __str__(self) -> str:
         return f"task {self._task} ({self.name})"
 
     def __repr__(self) -> str:
-        return f"<SafeFuture {self} {self.state()} pid={self.worker_pid} attempts={len(self.attempts)}>"
+        return f"<SafeFuture {self} {self.state()} pid={self._pid} attempts={len(self.attempts)}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self} belongs to this process, as all futures do; send its result instead")
 
     def state(self) -> str:
         """In a word: ``pending``, ``running``, ``cancelled``, ``returned`` or ``raised``."""
@@ -101,6 +201,10 @@ class SafeFuture(Future["Any"]):
         raised = self._exception is not None or (self._answer is not None and not self._answer.ok)
         return "raised" if raised else "returned"
 
+    def tasks(self) -> tuple[int, ...]:
+        """As a batch has many."""
+        return (self._task,)
+
     # ------------------------------------------------------------- asking
 
     def result(self, timeout: float | None = None) -> Any:
@@ -108,6 +212,8 @@ class SafeFuture(Future["Any"]):
 
         Raises ``TimeoutError`` (``Unfinished``) if it is not done by then, ``CancelledError`` if it was cancelled.
         """
+        if self._state is FINISHED and self._answer is None and self._exception is None:
+            return self._result
         try:
             self._await(timeout)
             self._raise_if_cancelled()
@@ -116,6 +222,18 @@ class SafeFuture(Future["Any"]):
             return self._result
         finally:
             del self  # no cycle through the traceback of what was raised
+
+    def running(self) -> bool:
+        """Does a worker run it now?  What was sent to a worker a moment ago is looked up there."""
+        if self._state == PENDING and self._sent:
+            self._home.look()
+        return self._state == RUNNING
+
+    def done(self) -> bool:
+        return self._state in _DONE
+
+    def cancelled(self) -> bool:
+        return self._state in (CANCELLED, CANCELLED_AND_NOTIFIED)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The exception of the task or None; ``timeout`` in seconds, errors as for ``result``."""
@@ -179,14 +297,22 @@ class SafeFuture(Future["Any"]):
     def _wait_once(self, end: float | None) -> bool:
         if self._state in _DONE:
             return True
-        condition = self._condition
-        with self._lock:  # in C: a signal handler that raises cannot come between the lock and the block
+        slice_s = LOOK_AFTER_S if end is None else min(LOOK_AFTER_S, end - monotonic())
+        if slice_s <= 0:
+            return False
+        sync = self._made_sync()
+        sleeper = threading.Lock()
+        with sync.lock:  # in C: a signal handler that raises cannot come between the lock and the block
             if self._state in _DONE:
                 return True
-            slice_s = LOOK_AFTER_S if end is None else min(LOOK_AFTER_S, end - monotonic())
-            if slice_s > 0:
-                condition.wait(slice_s)
-            return self._state in _DONE
+            sleeper.acquire(blocking=False)
+            sync.sleepers.append(sleeper)
+        try:
+            sleeper.acquire(timeout=slice_s)
+        finally:
+            with sync.lock, suppress(ValueError):
+                sync.sleepers.remove(sleeper)
+        return self._state in _DONE
 
     def _load(self) -> None:
         answer = self._answer
@@ -196,22 +322,24 @@ class SafeFuture(Future["Any"]):
         if error is not None and self.attempts:
             with_attempts(error, self.attempts)
         with self._lock:
-            if self._answer is not None:  # else another thread was faster, and its object is the one
-                self._answer, self._result, self._exception = None, value, error
+            if self._answer is answer:  # else another thread was faster, and its object is the one
+                self._result, self._exception, self._answer = value, error, None
 
     def _unpickle(self, answer: Answer) -> tuple[Any, BaseException | None]:
         try:
-            value = _unpack.loads(answer.body)
+            if answer.is_plain:
+                value = plain_in(answer.body)
+            else:
+                value = _unpack.loads(answer.body) if type(answer.body) is bytes else answer.body.load()
         except KeyboardInterrupt:
             raise  # more likely the user's than the answer's
         except BaseException as error:
             what = "result" if answer.ok else "exception"
             text = answer.text.decode(errors="replace")
             lost: BaseException = ResultUnreadable(
-                f"the {what} of {self} came from worker {self.worker_pid} but could not be unpickled here: "
-                f"{words_of(error)}",
+                f"the {what} of {self} came from worker {self._pid} but could not be unpickled here: {words_of(error)}",
                 task=str(self),
-                pid=self.worker_pid,
+                pid=self._pid,
             )
             blame(lost, remote_traceback(text) if text else error)
             return None, lost
@@ -229,20 +357,27 @@ class SafeFuture(Future["Any"]):
 
         A task that was sent to a worker is taken back if the worker has not begun it.
         """
-        with self._lock:
+        with _brief:
             if self._state in (CANCELLED, CANCELLED_AND_NOTIFIED):
                 return True
             if self._state != PENDING:
                 return False
-            sent = self._sent
-            if not sent:
-                self._end(CANCELLED_AND_NOTIFIED)
+            sent = self._withhold()
         if sent:
             self._home.cancel(self._task, wait=True)
             return self.cancelled()
-        self._home.cancel(self._task)
+        if not self._end_for_all(CANCELLED_AND_NOTIFIED):
+            return self.cancelled()
+        self._payload = None
+        self._home.cancel(self._task, unsent=True)
         self._call_callbacks()
         return True
+
+    def _withhold(self) -> bool:
+        """Nobody sends it from here on; True: it was sent before, or withheld."""
+        with _brief:
+            sent, self._sent = self._sent, True
+            return sent
 
     def kill(self) -> bool:
         """Cancel the task even if it is running: its worker is killed and replaced.
@@ -251,78 +386,124 @@ class SafeFuture(Future["Any"]):
         """
         if self.done() or self._home.is_fork():
             return False
+        if not self._sent and self.cancel():
+            return True
         self._home.cancel(self._task, kill=True)
         return True
 
     # ---------------------------------------- the watchdog's side of it
 
-    def claim(self) -> bool:
-        """About to be sent.  False: it was cancelled first."""
-        with self._lock:
-            if self._state != PENDING:
-                return False
-            self._sent = True
-            return True
-
     def begin(self, pid: int | None) -> None:
-        with self._lock:
-            self.worker_pid = pid
+        self._pid = pid
+        with _brief:
             if self._state == PENDING:
                 self._state = RUNNING
 
     def requeue(self) -> None:
-        with self._lock:
+        with _brief:
             if self._state not in _DONE:
                 self._state = PENDING
                 self._sent = False
-
-    def answered(self, answer: Answer) -> None:
-        with self._lock:
-            if self._state in _DONE:
-                return
-            self.worker_pid = answer.pid
-            self._answer = answer
-            self._end(FINISHED, failed=not answer.ok)
-        self._invoke_callbacks()
+                self._answer = self._result = None
 
     def failed(self, error: BaseException) -> None:
-        with self._lock:
+        with _brief:
             if self._state in _DONE:
                 return
-            self._exception = error
-            self._end(FINISHED, failed=True)
-        self._invoke_callbacks()
+            self._exception, self._answer, self._result, self._payload = error, None, None, None
+        if self._end_for_all(FINISHED, failed=True):
+            self._invoke_callbacks()
 
     def cancelled_by_pool(self) -> None:
-        with self._lock:
-            if self._state in _DONE:
-                return
-            self._end(CANCELLED_AND_NOTIFIED)
-        self._invoke_callbacks()
+        self._payload = None
+        if self._end_for_all(CANCELLED_AND_NOTIFIED):
+            self._invoke_callbacks()
 
-    def _end(self, state: str, failed: bool = False) -> None:
-        """Under the condition: the one place where a future of ours becomes done."""
+    def answered(self) -> None:
+        """With what was put there for it."""
+        self._payload = None
+        if self._end_for_all(FINISHED, failed=self._answer is not None and not self._answer.ok):
+            self._invoke_callbacks()
+
+    def _end_for_all(self, state: str, *, failed: bool = False) -> bool:
+        """The one place where a future of ours becomes done that somebody may wait for.  False: it was.
+
+        Scenario 1: (a) nobody waits, so the state is set without a lock, (b) a waiter looks just then, sees it and is
+        put on the list all the same, (c) the list is gone through: it is told twice.  So the state is set under the
+        lock that waiters hold, or while no waiter can come (``_brief``).
+        """
+        with _brief:
+            sync = self._sync
+            if sync is None:
+                return self._end(state)
+        with sync.lock:
+            if not self._end(state):
+                return False
+            for waiter in sync.waiters:
+                if state != FINISHED:
+                    waiter.add_cancelled(self)
+                elif failed:
+                    waiter.add_exception(self)
+                else:
+                    waiter.add_result(self)
+            for sleeper in sync.sleepers:
+                sleeper.release()
+            sync.sleepers.clear()
+            if sync.condition is not None:
+                sync.condition.notify_all()
+        return True
+
+    def _end(self, state: str) -> bool:
+        if self._state in _DONE:
+            return False
         self._state = state
-        for waiter in self._waiters:
-            if state != FINISHED:
-                waiter.add_cancelled(self)
-            elif failed:
-                waiter.add_exception(self)
-            else:
-                waiter.add_result(self)
-        if self._own_condition is not None:
-            self._own_condition.notify_all()
+        return True
 
     def _invoke_callbacks(self) -> None:
-        if self._done_callbacks:
+        if self._sync is not None and self._sync.callbacks:
             self._home.deliver(self._call_callbacks)
 
     def _call_callbacks(self) -> None:
-        for callback in self._done_callbacks:
+        for callback in self._sync.callbacks if self._sync is not None else ():
             try:
                 callback(self)
             except BaseException as error:  # SystemExit of one is not to keep the others from being called
                 tell(ERROR, "exception calling callback for %r", self, error=error)
+
+
+def claim(futures: Iterable[SafeFuture]) -> list[SafeFuture]:
+    """Those that are about to be sent, but for what was cancelled first."""
+    claimed = []
+    with _brief:
+        for future in futures:
+            if not future._sent and future._state is PENDING:
+                future._sent = True
+                claimed.append(future)
+    return claimed
+
+
+def answer_all(futures: list[SafeFuture]) -> None:
+    """Each with what was put there for it.  First those that nobody waits for, all in one go."""
+    awaited = []
+    with _brief:
+        for future in futures:
+            if future._sync is None and future._state in _OPEN:
+                future._state = FINISHED
+                future._payload = None
+            else:
+                awaited.append(future)
+    for future in awaited:
+        future.answered()
+
+
+def _let_go_in_child() -> None:
+    # Another thread may have held it at the fork.
+    global _brief
+    _brief = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def blame(error: BaseException, cause: BaseException) -> None:

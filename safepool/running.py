@@ -12,20 +12,22 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import _os, _summary
 from .policy import seconds
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any, NoReturn
+
     from ._packets import Left
 
 POLICY = "SAFEPOOL_POLICY"
 HOME = "SAFEPOOL_HOME"  # for which Python, and where the package is
-BOOT = Path(__file__).with_name("_boot")
+PACKAGE = os.path.dirname(os.path.abspath(__file__))
+BOOT = os.path.join(PACKAGE, "_boot")
 TIMED_OUT = 124  # as ``timeout`` has it
 SIGNALLED = 128  # as a shell has it
 MOST_NAMED = 10
@@ -122,7 +124,7 @@ def check(
         raise ValueError("grace must be finite: what ignores SIGTERM would never be stopped")
     if is_python and (sys.flags.isolated or sys.flags.ignore_environment or sys.flags.no_site):
         raise ValueError("the interpreter's options -I, -E and -S keep a program from being hardened")
-    if summary is not None and not Path(summary).absolute().parent.is_dir():
+    if summary is not None and not os.path.isdir(os.path.dirname(os.path.abspath(summary))):
         raise ValueError(f"there is no directory for the summary {summary!r}")
 
 
@@ -148,33 +150,48 @@ def environment(policy: Mapping[str, Any], folder: str) -> dict[str, str]:
         "folder": folder,
     }
     environ[POLICY] = json.dumps(told)
-    environ[HOME] = f"{sys.version_info[0]}.{sys.version_info[1]}:{BOOT.parent.parent}"
+    environ[HOME] = f"{sys.version_info[0]}.{sys.version_info[1]}:{os.path.dirname(PACKAGE)}"
     paths = environ["PYTHONPATH"].split(os.pathsep) if environ.get("PYTHONPATH") else []  # (empty ones mean: here)
-    environ["PYTHONPATH"] = os.pathsep.join([str(BOOT), *(path for path in paths if path != str(BOOT))])
+    environ["PYTHONPATH"] = os.pathsep.join([BOOT, *(path for path in paths if path != BOOT)])
     return environ
 
 
 _is_armed = False
 
 
-def arm(policy: str) -> None:
-    """In the program: patch it, and have it say at its end what became of its tasks.  Or, now, Pebble is loaded too."""
-    global _is_armed
-    from .patching import patch, stand_in_for_pebble
+def arm(policy: str, path: list[str], *, is_the_program: bool) -> None:
+    """In the program: patch it, and have it say at its end what became of its tasks.  Or, now, Pebble is loaded too.
 
+    ``path``: its ``sys.path``; ``is_the_program``: itself, and not one that it has started.
+    """
+    global _is_armed
     if _is_armed:
+        from .patching import stand_in_for_pebble
+
         stand_in_for_pebble()
         return
-    _is_armed = True
     told = json.loads(policy)
+    if is_the_program:
+        _preload(told["policy"], path)
+    from .patching import patch
+
+    _is_armed = True
     patched = patch(summary=False, **told["policy"])
     patched.write_at_exit(os.path.join(told["folder"], f"{os.getpid()}.json"))
 
 
+def _preload(policy: Mapping[str, Any], path: list[str]) -> None:
+    """Begin now, for the program has just loaded a pool: it goes on to import, and that takes it as long."""
+    if policy.get("preload") and "keeper" in _os.CAPABILITIES and policy.get("start_method") in (None, "forkserver"):
+        from . import _keep
+
+        _keep.prepare(None, tuple(policy["preload"]), path)
+
+
 def _read(folder: str) -> Iterable[dict[str, Any]]:
-    for path in sorted(Path(folder).glob("*.json")):
-        with suppress(OSError, ValueError):
-            yield json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(name for name in os.listdir(folder) if name.endswith(".json")):
+        with suppress(OSError, ValueError), open(os.path.join(folder, name), encoding="utf-8") as file:
+            yield json.load(file)
 
 
 def _named(left: list[Left]) -> str:

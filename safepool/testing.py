@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import _events as e
-from ._core import KILL_AGAIN_S, Core
+from ._core import Core
+from ._seats import KILL_AGAIN_S
 from .policy import PoolPolicy
 
 SHORTAGE_BOUND_S = 4.0
@@ -36,6 +37,8 @@ class VirtualWorker:
     inbox: deque[int] = field(default_factory=deque)
     in_hand: int | None = None
     pipe: deque[tuple[str, int, bool]] = field(default_factory=deque)
+    drawn: deque[int] = field(default_factory=deque)  # of the ticket that the task in hand came with, to be begun next
+    ticket_of: dict[int, int] = field(default_factory=dict)  # plain tasks that share one: the first of them
     kills: int = 0
     killed_for: frozenset[int] = frozenset()  # the tasks that were doomed when it was killed
     asked_to_exit: bool = False
@@ -63,6 +66,7 @@ class Simulation:
         self.log: list[tuple[e.Event, list[e.Command]]] = []
         self.workers: dict[int, VirtualWorker] = {}
         self.tasks: dict[int, e.NewTask] = {}
+        self.items: set[int] = set()
         self.outcomes: dict[int, str] = {}
         self.begins: dict[int, int] = {}
         self.retries: dict[int, int] = {}
@@ -107,31 +111,66 @@ class Simulation:
         self.tasks[task] = new
         if silent:
             self.silent.add(task)
-        self._feed(e.TasksSubmitted(self.now, (new,)))
+        self._feed(e.TasksSubmitted(self.now, (self._as_sent(new),)))
         return task
 
+    def submit_directly(self) -> int | None:
+        """A caller submits a plain task and sends it itself, if a worker is lent to callers."""
+        lent = self.core.lendable(1)
+        if not lent:
+            return None
+        task = len(self.tasks) + 1
+        self.tasks[task] = e.NewTask(task)
+        worker = self.workers[lent[0]]
+        worker.inbox.append(task)
+        self._sent.add(task)
+        self._feed(e.SentDirectly(self.now, worker.number, task))
+        return task
+
+    def _as_sent(self, new: e.NewTask) -> e.NewTask | int:
+        """A plain task is its number."""
+        return new.task if new == e.NewTask(new.task) else new
+
+    def _tells_its_begin(self, task: int) -> bool:
+        is_plain = isinstance(self._as_sent(self.tasks[task]), int)
+        return not is_plain or self.policy.stall_timeout is not None or not self.policy.take_back
+
     def submit_many(self, count: int, **options: Any) -> None:
+        """Alike, and no more than their numbers but for what they have in common."""
+        tasks = tuple(range(len(self.tasks) + 1, len(self.tasks) + 1 + count))
+        self.tasks.update((task, e.NewTask(task, **options)) for task in tasks)
+        like = e.NewTask(0, **options)
+        self._feed(e.TasksSubmitted(self.now, tasks, True, None if like == e.NewTask(0) else like))
+
+    def submit_items(self, count: int) -> None:
+        """Of a map: some of them may share a ticket, and nobody cancels or kills one of them alone."""
         first = len(self.tasks) + 1
-        news = tuple(e.NewTask(task, **options) for task in range(first, first + count))
-        self.tasks.update((new.task, new) for new in news)
-        self._feed(e.TasksSubmitted(self.now, news))
+        self.items.update(range(first, first + count))
+        self.submit_many(count)
 
     def cancel(self, task: int, *, later: bool = False) -> None:
         """``future.cancel()``; with ``later`` the watchdog reads of it after the next step only."""
-        if task in self.outcomes:
+        if task in self.outcomes or task in self.items:
             return
         self._cancel_wanted.add(task)
         if task not in self._sent:
             self._unclaimed.add(task)
-        event = e.CancelRequested(self.now, task)
+        event = e.CancelRequested(self.now, task, unsent=task not in self._sent)
         if later:
             self._mail.append(event)
         else:
             self._feed(event)
 
     def kill(self, task: int) -> None:
+        if task in self.items:
+            return
         self._cancel_wanted.add(task)
         self._feed(e.CancelRequested(self.now, task, kill=True))
+
+    def cancel_range(self, first: int, last: int) -> None:
+        """Of tasks that are plain; their users want none of them."""
+        self._cancel_wanted.update(range(first, last + 1))
+        self._feed(e.RangeCancelled(self.now, first, last))
 
     def want_worker(self) -> None:
         """A call came that cannot be sent."""
@@ -173,16 +212,29 @@ class Simulation:
         self.broken_allowed = True
         self._feed(e.WorkerUnfit(self.now, number, "its initializer raised"))
 
-    def begin(self, number: int) -> None:
-        """The worker draws the next ticket, if it has one and nothing in hand."""
+    def begin(self, number: int, *, in_one_breath: bool = False) -> None:
+        """The worker draws the next ticket, if it has one and nothing in hand.
+
+        ``in_one_breath`` with an answer it always says so; else not of a plain task.
+        """
         worker = self.workers[number]
-        if worker.ready and not worker.deaf and not worker.stuck and worker.in_hand is None and worker.inbox:
-            task = worker.in_hand = worker.inbox.popleft()
-            settled = task in self.outcomes and self.policy.take_back
+        # (One that is stopped within a batch is as one that is stopped within a task.)
+        is_free = worker.ready and not worker.deaf and worker.in_hand is None and (not worker.stuck or worker.drawn)
+        if is_free and (worker.drawn or worker.inbox):
+            of_a_batch = bool(worker.drawn)
+            if not worker.drawn:
+                ticket = worker.ticket_of.get(worker.inbox[0], 0)
+                worker.drawn.append(worker.inbox.popleft())
+                while ticket and worker.inbox and worker.ticket_of.get(worker.inbox[0]) == ticket:
+                    worker.drawn.append(worker.inbox.popleft())
+            task = worker.in_hand = worker.drawn.popleft()
+            # (What shares a ticket with a task that has begun cannot be kept from beginning, but by its worker's end.)
+            settled = task in self.outcomes and self.policy.take_back and not of_a_batch
             self._check(not settled, f"task {task} begins after it was settled")
             self.begins[task] = self.begins.get(task, 0) + 1
             worker.begins += 1
-            worker.pipe.append(("begun", task, True))
+            if in_one_breath or self._tells_its_begin(task):
+                worker.pipe.append(("begun", task, True))
 
     def finish(self, number: int, *, ok: bool = True) -> None:
         """The task in hand ends, and the worker goes on with the next."""
@@ -190,7 +242,7 @@ class Simulation:
         if worker.in_hand is not None:
             worker.pipe.append(("finished", worker.in_hand, ok))
             worker.in_hand = None
-            self.begin(number)
+            self.begin(number, in_one_breath=True)
 
     def hear(self, number: int, run_s: float = 0.0005) -> None:
         """The watchdog reads what the worker said."""
@@ -212,8 +264,9 @@ class Simulation:
         if not worker.ready:
             self._starts_without_ready += 1
         del self.workers[number]
-        self._sent.difference_update(worker.inbox)
-        self._next.append(e.WorkerDied(self.now, number, exitcode, tuple(worker.inbox)))
+        unbegun = (*worker.drawn, *worker.inbox)
+        self._sent.difference_update(unbegun)
+        self._next.append(e.WorkerDied(self.now, number, exitcode, unbegun))
         self._run_commands()
         if self.policy.on_worker_death == "break" and not expected and not worker.deaf:
             self._check(self.core.snapshot().pool in ("broken", "closed"), "a death did not break the pool")
@@ -273,9 +326,9 @@ class Simulation:
         if not worker.ready and not worker.deaf:
             self.ready(worker.number)
             return worker.ready
-        if not worker.inbox and worker.in_hand is None and not worker.pipe:
+        if not worker.inbox and not worker.drawn and worker.in_hand is None and not worker.pipe:
             return False
-        if worker.stuck and worker.in_hand is None and not worker.pipe and not worker.deaf:
+        if worker.stuck and worker.in_hand is None and not worker.drawn and not worker.pipe and not worker.deaf:
             return False
         self.begin(worker.number)
         self.finish(worker.number)
@@ -299,7 +352,10 @@ class Simulation:
         self._next.append(event)
         self._run_commands()
         while self._mail:
-            self._next.append(self._mail.popleft()._replace(now=self.now))
+            event = self._mail.popleft()
+            if isinstance(event, e.CancelRequested) and event.task in self.outcomes:
+                continue  # who reads the mail sees that
+            self._next.append(event._replace(now=self.now))
             self._run_commands()
 
     def _run_commands(self) -> None:
@@ -323,13 +379,16 @@ class Simulation:
             worker.pipe.clear()
         if not worker.pipe:
             return
-        finished = tuple((task, ok) for kind, task, ok in worker.pipe if kind == "finished")
+        finished = tuple(task for kind, task, _ in worker.pipe if kind == "finished")
+        raised = frozenset(task for kind, task, ok in worker.pipe if kind == "finished" and not ok)
+        # (What is doomed is its worker's until that dies, even if it answers.)
+        worker.killed_for |= {task for task in finished if self.core.state_of(task).startswith("doomed")}
         kind, last, _ = worker.pipe[-1]
         for _, task, ok in worker.pipe:
             self._finished[task] = ok
         worker.pipe.clear()
         begun = last if kind == "begun" else None
-        self._next.append(e.Received(self.now, worker.number, finished, begun, run_s))
+        self._next.append(e.Received(self.now, worker.number, finished, begun, run_s, raised))
 
     def _act_spawn(self, command: e.Spawn) -> None:
         self._check(len(self.workers) < self.policy.max_workers, "more workers than max_workers")
@@ -355,6 +414,9 @@ class Simulation:
         going = [task for task in command.tasks if task not in self._unclaimed]
         self._sent.update(going)
         worker.inbox.extend(going)
+        items = [task for task in going if task in self.items]
+        for at in range(0, len(items), command.together):
+            worker.ticket_of.update(dict.fromkeys(items[at : at + command.together], items[at]))
         if withheld:
             self._next.appendleft(e.Withheld(self.now, command.worker, withheld))
 
@@ -365,6 +427,11 @@ class Simulation:
             worker.inbox.clear()
         self._sent.difference_update(tasks)
         self._next.appendleft(e.TakenBack(self.now, command.worker, tasks))
+
+    def _act_look(self, command: e.Look) -> None:
+        worker = self.workers.get(command.worker)
+        if worker is not None and worker.in_hand is not None:
+            self._next.append(e.Received(self.now, worker.number, (), worker.in_hand))
 
     def _act_ask_exit(self, command: e.AskExit) -> None:
         worker = self.workers[command.worker]
@@ -385,11 +452,12 @@ class Simulation:
         worker = self.workers.pop(command.worker, None)
         self._check(worker is not None and worker.kills >= len(KILL_AGAIN_S), "a worker is given up too early")
         if worker is not None:
-            self._sent.difference_update(worker.inbox)
+            unbegun = (*worker.drawn, *worker.inbox)  # what it never returns to
+            self._sent.difference_update(unbegun)
             self._starts_without_ready += not worker.ready
             self._abandoned.add(command.worker)
             self._feed_heard(worker, 0.0005)
-            self._next.append(e.WorkerDied(self.now, command.worker, None, tuple(worker.inbox)))
+            self._next.append(e.WorkerDied(self.now, command.worker, None, unbegun))
 
     def _act_began(self, command: e.Began) -> None:
         worker = self.workers.get(command.worker)
@@ -415,6 +483,7 @@ class Simulation:
         self.asked[command.task] = command.attempt
 
     def _act_break(self, command: e.Break) -> None:
+        self.broken_allowed |= self._starts_without_ready > 0 or self._spawn_failures() > 0
         self._check(bool(command.failure.reason), "the pool breaks and does not say why")
 
     def _act_resolve(self, command: e.Resolve) -> None:
@@ -438,6 +507,10 @@ class Simulation:
             self.broken_allowed |= self._starts_without_ready > 0 or self._spawn_failures() > 0
             self._check(self.broken_allowed, "the pool broke without a reason")
         self._settle_once(task, kind)
+
+    def _act_cancel(self, command: e.Cancel) -> None:
+        for task in command.tasks:
+            self._act_fail(e.Fail(task, e.Failure("cancelled")))
 
     def _spawn_failures(self) -> int:
         return sum(isinstance(event, e.SpawnFailed) for event, _ in self.log)
@@ -489,7 +562,8 @@ class Simulation:
     @staticmethod
     def _holds(worker: VirtualWorker, task: int) -> bool:
         said = {t for _, t, _ in worker.pipe}
-        return task == worker.in_hand or task in worker.inbox or task in said | worker.unheard | worker.killed_for
+        sent = task == worker.in_hand or task in worker.drawn or task in worker.inbox
+        return sent or task in said | worker.unheard | worker.killed_for
 
     def _check_starvation(self, until: float) -> None:
         """Promise 1: work that waits has a worker that lives or starts, within a second.
@@ -531,6 +605,7 @@ _ACTS: dict[type, Callable[[Simulation, Any], None]] = {
     e.Spawn: Simulation._act_spawn,
     e.Send: Simulation._act_send,
     e.TakeBack: Simulation._act_take_back,
+    e.Look: Simulation._act_look,
     e.AskExit: Simulation._act_ask_exit,
     e.Kill: Simulation._act_kill,
     e.Abandon: Simulation._act_abandon,
@@ -540,5 +615,6 @@ _ACTS: dict[type, Callable[[Simulation, Any], None]] = {
     e.Break: Simulation._act_break,
     e.Resolve: Simulation._act_resolve,
     e.Fail: Simulation._act_fail,
+    e.Cancel: Simulation._act_cancel,
     e.Close: Simulation._act_close,
 }

@@ -56,7 +56,10 @@ def helpers(scratch: Path) -> None:
                 assert executor.submit(pow, 2, 5).result(LIMIT_S) == 32
     from loky.backend import resource_tracker
 
+    from safepool._os import memory
+
     resource_tracker.ensure_running()
+    memory.take_reserve()  # a descriptor that a process keeps from its first big data on
 
 
 @pytest.fixture(autouse=True)

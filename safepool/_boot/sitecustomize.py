@@ -12,6 +12,7 @@ TRIGGERS = ("concurrent.futures.process", "pebble")
 OURS = (["-m", "safepool"], ["safepool"])
 policy = os.environ.get("SAFEPOOL_POLICY", "")  # now: a program may clear its environment
 version, _, home = os.environ.get("SAFEPOOL_HOME", "").partition(":")
+program = os.environ.get("SAFEPOOL_PROGRAM")  # the pid of the program itself: those that it starts have others
 path = sys.path[:]  # without the program's own modules, which may have the names of others
 
 
@@ -55,18 +56,19 @@ def _arm(module=None):
     if _is_loading_ours():
         sys.meta_path.insert(0, _Later())
         return
+    their_path = sys.path[:]
     try:
-        _with_our_path(_arm_now)
+        _with_our_path(lambda: _arm_now(their_path))
     except Exception:  # whatever it is, it must not come out of an import of the program's
         if sys.stderr is not None:
             sys.excepthook(*sys.exc_info())
             sys.stderr.write("safepool: this program is not hardened\n")
 
 
-def _arm_now():
+def _arm_now(their_path):
     from safepool.running import arm
 
-    arm(policy)
+    arm(policy, their_path, is_the_program=program == str(os.getpid()))
 
 
 def _is_loading_ours():

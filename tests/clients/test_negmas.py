@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.client, pytest.mark.timeout(1500)]
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
+SHARED = Path("/dev/shm")
 SCRIPT = HERE / "tournament.py"
 OLD = "SAFEPOOL_CLIENT_ENV"
 NEW = "SAFEPOOL_NEW_CLIENT_ENV"
@@ -245,6 +247,16 @@ def test_under_a_fault_every_other_world_is_as_if_nothing_had_happened(
     assert ours.left == [], "no process outlives its run"
 
 
+@pytest.fixture
+def stock_semaphores() -> Iterator[None]:
+    """Those that the standard library's pool leaves behind when its program is ended while it hangs."""
+    there = set(SHARED.glob("sem.mp-*"))
+    yield
+    for path in set(SHARED.glob("sem.mp-*")) - there:
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.usefixtures("stock_semaphores")
 def test_with_the_standard_pool_the_same_tournament_hangs_and_the_script_says_so(
     client_python: str, tmp_path: Path
 ) -> None:

@@ -60,9 +60,22 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
             self.sim.submit(timeout=timeout, deadline=deadline, deaths=deaths, size_bytes=size, silent=silent)
 
         @precondition(lambda self: len(self.sim.tasks) < MOST_TASKS and not self.sim.closed)
-        @rule(count=st.integers(2, 6), timeout=st.sampled_from([None, 0.1]))
-        def submit_many(self, count: int, timeout: float | None) -> None:
-            self.sim.submit_many(count, timeout=timeout)
+        @rule(
+            count=st.integers(2, 6), timeout=st.sampled_from([None, None, 0.1]), deaths=st.sampled_from([None, None, 2])
+        )
+        def submit_many(self, count: int, timeout: float | None, deaths: int | None) -> None:
+            self.sim.submit_many(count, timeout=timeout, deaths=deaths)
+
+        @precondition(lambda self: len(self.sim.tasks) < MOST_TASKS and not self.sim.closed)
+        @rule(count=st.integers(2, 6))
+        def submit_items(self, count: int) -> None:
+            self.sim.submit_items(count)
+
+        @precondition(lambda self: len(self.sim.tasks) < MOST_TASKS and not self.sim.closed)
+        @rule(count=st.integers(1, 3))
+        def submit_directly(self, count: int) -> None:
+            for _ in range(count):
+                self.sim.submit_directly()
 
         @precondition(lambda self: not self.sim.closed)
         @rule()
@@ -73,6 +86,12 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
         @rule(n=pick, later=st.booleans())
         def cancel(self, n: int, later: bool) -> None:
             self.sim.cancel(self._unsettled(n), later=later)
+
+        @precondition(lambda self: self.sim.tasks)
+        @rule(n=pick, count=st.integers(1, 5))
+        def cancel_range(self, n: int, count: int) -> None:
+            first = self._unsettled(n)
+            self.sim.cancel_range(first, first + count)
 
         @precondition(lambda self: self.sim.tasks)
         @rule(n=pick)
@@ -199,6 +218,21 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
                 for worker in [worker for worker in self.sim.workers.values() if worker.in_hand == task]:
                     self.sim.die(worker.number)
                 self.sim.answer(task, 0.0)
+
+        @precondition(lambda self: len(self.sim.tasks) < MOST_TASKS and not self.sim.closed)
+        @rule()
+        def run_for_long(self) -> None:
+            """A plain task, which does not say that it has begun, takes longer than any task may take to begin."""
+            task = self.sim.submit()
+            for number in sorted(self.sim.workers):
+                self.sim.ready(number)
+                self.sim.begin(number)
+                self.sim.hear(number)
+            runs_it = [worker for worker in self.sim.workers.values() if worker.in_hand == task and worker.can_work()]
+            self.sim.advance(12.0)
+            is_well = self.sim.policy.stall_timeout is None and self.sim.core.snapshot().pool in ("open", "draining")
+            for worker in runs_it if is_well else []:
+                assert worker.can_work(), "a worker is killed that does what it should"
 
         @precondition(lambda self: self.sim.workers and len(self.sim.tasks) < MOST_TASKS)
         @rule(begun=st.booleans(), later=st.booleans(), die=st.booleans())

@@ -33,7 +33,7 @@ class LateResultAccepted(Core):
     """The answer of a task whose worker is being killed for it is taken all the same."""
 
     def _pop_sent(self, worker: Any, number: int) -> Any:
-        if worker.sent and worker.sent[0].state is TaskState.DOOMED:
+        if worker.sent and self._make_known(worker)[0].state is TaskState.DOOMED:
             worker.sent[0].state = TaskState.RUNNING
         return super()._pop_sent(worker, number)
 
@@ -98,7 +98,7 @@ class DeathBlamedOnTheQueue(Core):
     def _on_died(self, event: e.WorkerDied) -> None:
         worker = self._workers.get(event.worker)
         if worker is not None:
-            for task in list(worker.sent)[1:]:
+            for task in list(self._make_known(worker))[1:]:
                 worker.sent.remove(task)
                 self._attempt_failed(task, e.Failure("death", worker.number, event.exitcode))
         super()._on_died(event)
@@ -109,7 +109,7 @@ class BegunTaskRunAgain(Core):
 
     def _on_died(self, event: e.WorkerDied) -> None:
         worker = self._workers.get(event.worker)
-        if worker is not None and worker.sent and worker.sent[0].state is TaskState.RUNNING:
+        if worker is not None and worker.sent and self._make_known(worker)[0].state is TaskState.RUNNING:
             worker.sent[0].state = TaskState.SENT
             event = event._replace(unbegun=tuple(task.new.task for task in worker.sent))
         super()._on_died(event)
@@ -220,6 +220,33 @@ class FrozenWorkerWaitedFor(Core):
 
     def _look_for_start(self, number: int) -> None:
         pass
+
+
+class PlainTaskTakenForFrozen(Core):
+    """A plain task does not say that it has begun, so its worker is killed as one that has not."""
+
+    def _on_received(self, event: e.Received) -> None:
+        if event.finished or event.begun is None or not isinstance(self._head(event.worker), int):
+            super()._on_received(event)
+
+    def _head(self, number: int) -> Any:
+        worker = self._workers.get(number)
+        return worker.sent[0] if worker is not None and worker.sent else None
+
+
+class WithdrawnTaskStaysInQueue(Core):
+    """A plain task that is cancelled while it waits is found by the next free worker all the same."""
+
+    def _end_waiting(self, tasks: list[int]) -> None:
+        super()._end_waiting(tasks)
+        self._withdrawn.clear()
+
+
+class LentWorkerSentTo(Core):
+    """A worker that was lent to callers, and has a task of theirs, is taken for idle."""
+
+    def _on_sent_directly(self, event: e.SentDirectly) -> None:
+        self._on_submitted(e.TasksSubmitted(event.now, (event.task,)))
 
 
 MUTANTS = [

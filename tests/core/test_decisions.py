@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from safepool import _core
+from safepool import _core, _seats
+from safepool import _events as e
 from safepool.policy import PoolPolicy
 from safepool.testing import Simulation
 
@@ -76,7 +77,7 @@ def test_a_passing_shortage_breaks_nothing() -> None:
     sim.advance(_core.SHORTAGE_S - 0.5)
     assert states(sim)[1] == "queued"
     sim.spawns_fail = 0
-    sim.advance(_core.HURRIED_S)
+    sim.advance(_seats.HURRIED_S)
     assert sim.workers
     sim.settle()
 
@@ -173,3 +174,40 @@ def test_what_hangs_while_it_starts_has_stalled_too() -> None:
     sim.die(worker)
     sim.settle()
     assert states(sim) == ["answered"]
+
+
+def _doomed_with_another_behind() -> _core.Core:
+    """Task 2 is to be killed and does not say that it began; its worker has drawn the ticket of 3, too."""
+    core = _core.Core(PoolPolicy(max_workers=1))
+    for event in (
+        e.TasksSubmitted(0.0, (1,), plain=True),
+        e.WorkerBooted(0.0, 1),
+        e.WorkerReady(0.0, 1),
+        e.Received(0.0, 1, (1,), run_s=1e-5),  # so tasks are short, and sent together
+        e.TasksSubmitted(0.0, (2, 3), plain=True),
+        e.CancelRequested(0.0, 2, kill=True, unsent=False),
+        e.TakenBack(0.0, 1, ()),
+    ):
+        core.handle(event)
+    assert e.Kill in map(type, core.handle(e.Ticked(_core.PURSUE_AGAIN_S)))
+    return core
+
+
+def _fails(commands: list[e.Command]) -> dict[int, str]:
+    return {command.task: command.failure.kind for command in commands if isinstance(command, e.Fail)}
+
+
+def test_what_began_behind_a_doomed_task_does_not_run_twice() -> None:
+    """Scenario 6: the doomed one answers too late, and the next one has begun when the kill arrives."""
+    core = _doomed_with_another_behind()
+    core.handle(e.Received(1.1, 1, (2,), begun=3))
+    commands = core.handle(e.WorkerDied(1.2, 1, -9, ()))
+    assert _fails(commands) == {2: "cancelled", 3: "death"}
+    assert not any(isinstance(command, e.Requeue) for command in commands)
+
+
+def test_what_ended_behind_a_doomed_task_has_its_answer() -> None:
+    """The same, and the next one has ended as well."""
+    core = _doomed_with_another_behind()
+    assert e.Resolve((3,)) in core.handle(e.Received(1.1, 1, (2, 3)))
+    assert _fails(core.handle(e.WorkerDied(1.2, 1, -9, ()))) == {2: "cancelled"}

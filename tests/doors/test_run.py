@@ -192,7 +192,7 @@ def test_it_reads_what_it_is_given(program: Program) -> None:
 
 def test_descriptors_are_inherited_and_streams_are_let_go(program: Program) -> None:
     """``3<file``, a jobserver; and whoever reads the program's output sees it close that."""
-    script = program.script("import os\nprint(os.read(7, 9))\nos.close(1)\nimport time\ntime.sleep(1.5)")
+    script = program.script("import os\nprint(os.read(7, 9))\nos.close(1)\nimport time\ntime.sleep(4)")
     command = f"{' '.join(RUN)} {script} 7</dev/null | (cat; date +%s.%N)"
     began = time()
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=LIMIT_S)
@@ -267,7 +267,7 @@ def test_a_summary_goes_where_it_is_sent(program: Program, kind: str) -> None:
 
 def test_a_sitecustomize_of_its_own_is_loaded(program: Program) -> None:
     """Ours comes before it, has it loaded, and leaves it the name."""
-    program.script("print('customized', __file__)", "sitecustomize.py")
+    program.script("import sys; sys.stdout.write(f'customized {__file__}\\n')", "sitecustomize.py")  # in one write
     script = program.script(POOL + "import sitecustomize; print(sitecustomize.__file__)\nmain()")
     done = program.run(script, PYTHONPATH=str(program.folder))
     theirs = str(program.folder / "sitecustomize.py")
@@ -350,6 +350,70 @@ with ProcessPoolExecutor(1) as pool:
     script = program.script(text)
     assert program.run(script).stdout == "[False, False, False]\n"
     assert program.run("--preload", "wave,colorsys", script).stdout == "[True, True, False]\n"
+
+
+def test_what_is_preloaded_is_imported_while_the_program_starts(program: Program) -> None:
+    """From when it loads a pool; once; also what lies beside the script; and not by what the program starts."""
+    note = "import os\nwith open('log', 'a') as file: print(os.getpid(), file=file)\n"
+    program.script(note, "beside.py")
+    text = """
+import os, subprocess, sys, time
+import concurrent.futures.process
+end = time.monotonic() + 20
+while not os.path.exists("log") and time.monotonic() < end:
+    time.sleep(0.01)
+subprocess.run([sys.executable, "-c", "from concurrent.futures.process import ProcessPoolExecutor"], check=True)
+from concurrent.futures import ProcessPoolExecutor
+def who():
+    import beside
+    return os.getpid()
+with ProcessPoolExecutor(1) as pool:
+    worker = pool.submit(who).result()
+imported = list(map(int, open("log").read().split()))
+print(len(imported), os.getpid() in imported, worker in imported)
+"""
+    done = program.run("--preload", "beside", program.script(text))
+    assert (done.returncode, done.stdout) == (0, "1 False False\n"), done.stderr
+    assert program.is_gone()
+
+
+def test_what_is_preloaded_is_what_the_program_would_import(program: Program) -> None:
+    """Its path may change after it has loaded a pool: workers have what the path has when they are started."""
+    for folder in ("first", "second"):
+        (program.folder / folder).mkdir()
+        program.script(f"where = {folder!r}", f"{folder}/found.py")
+    text = """
+import sys
+sys.path.insert(0, "first")
+from concurrent.futures import ProcessPoolExecutor
+sys.path.insert(0, "second")
+def where():
+    import sys
+    return sys.modules["found"].where
+with ProcessPoolExecutor(1) as pool:
+    print(pool.submit(where).result())
+"""
+    done = program.run("--preload", "found", program.script(text))
+    assert (done.returncode, done.stdout) == (0, "second\n"), done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--preload", "json")])
+def test_a_program_without_pools_has_no_children_but_its_own(program: Program, options: tuple[str, ...]) -> None:
+    """It may wait for all that it has; without a preload also if it has only loaded a pool."""
+    text = f"""
+import os
+if not {len(options)}:
+    import concurrent.futures.process
+if os.fork() == 0:
+    os._exit(0)
+try:
+    while True:
+        print(os.wait()[1])
+except ChildProcessError:
+    print("all")
+"""
+    done = program.run("--time-limit", "20", *options, program.script(text))
+    assert (done.returncode, done.stdout) == (0, "0\nall\n"), done.stderr
 
 
 def test_a_program_that_uses_safepool_itself_is_hardened_too(program: Program) -> None:

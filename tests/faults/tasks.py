@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -92,42 +93,47 @@ def end_when_started(how: str, log: Path, times: int) -> None:
 # -------------------------------------------------------------- descriptors
 
 
-def sockets() -> list[int]:
-    """The sockets of this process: a worker has its channel and its tickets, perhaps more."""
+def descriptors() -> list[int]:
+    """The sockets and pipes that are a worker's own: its channel, where its answers go, its tickets, perhaps more."""
     found = []
     for fd in sorted(map(int, os.listdir("/proc/self/fd"))):
         with suppress(OSError):  # the descriptor of the listing itself
-            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+            if fd > 2 and os.readlink(f"/proc/self/fd/{fd}").startswith(("socket:", "pipe:")):
                 found.append(fd)
     return found
 
 
 def scribble(data: bytes) -> str:
     """Write ``data`` where only the worker itself may write."""
-    for fd in sockets():
-        os.set_blocking(fd, True)
-        os.write(fd, data)
+    for fd in descriptors():
+        with suppress(OSError):  # it is for reading
+            os.write(fd, data)
     return "scribbled"
 
 
-def shut_sockets() -> str:
+def shut_descriptors() -> str:
     import socket
 
-    for fd in sockets():
-        socket.socket(fileno=os.dup(fd)).shutdown(socket.SHUT_RDWR)
+    for fd in descriptors():
+        try:
+            socket.socket(fileno=os.dup(fd)).shutdown(socket.SHUT_RDWR)
+        except OSError:
+            os.close(fd)
     return "shut"
 
 
-def replace_sockets(by: str) -> str:
-    """Put something else in the place of each socket of this worker."""
+def replace_descriptors(by: str) -> str:
+    """Put something else in the place of each socket and each pipe of this worker."""
     import socket
 
-    for fd in sockets():
+    for fd in descriptors():
         if by == "null":
             other = os.open("/dev/null", os.O_RDWR)
         elif by == "pipe":
-            reader, other = os.pipe()
-            kept.append(reader)
+            reader, writer = os.pipe()
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+            other, rest = (reader, writer) if flags == os.O_RDONLY else (writer, reader)
+            kept.append(rest)
         else:
             left, right = socket.socketpair()
             kept.append(right)

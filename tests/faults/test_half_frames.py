@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -15,20 +16,20 @@ from typing import Any
 
 import pytest
 
-from safepool import SafePoolExecutor, TaskTimeout, WorkerDied, _core, _os, _payload, _wire
+from safepool import SafePoolExecutor, TaskTimeout, WorkerDied, _os, _payload, _seats, _wire
 from safepool._launch import ContextWorker, Launcher, WorkerProcess, launcher_of
 from safepool._wire import Frame
 from safepool._worker import Setup
 from tests.faults import tasks
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import error_of, is_usable
-from tests.support import LIMIT_S, PROMPT_S, SLACK_S, until
+from tests.support import LIMIT_S, PROMPT_S, SLACK_S, ByHand, a_call, until
 
 MakePool = Callable[..., SafePoolExecutor]
 Play = Callable[["Stage"], object]
 
 NOTICED_S = PROMPT_S + 4 * SLACK_S  # a channel that speaks nonsense is found out by then
-RETURNED = _wire.encode_returned(1, 0, 0.001, _payload.dumps_result("the answer"))
+RETURNED = _wire.encode_answer(_wire.RETURNED, 1, 0.001, _payload.dumps_result("the answer"))
 BEGAN = _wire.encode(Frame(_wire.BEGAN, 1))
 
 
@@ -36,16 +37,15 @@ BEGAN = _wire.encode(Frame(_wire.BEGAN, 1))
 
 
 class Stage:
-    """What an actor in the part of a worker has: its ends of the sockets."""
+    """What an actor in the part of a worker has."""
 
-    def __init__(self, channel: socket.socket, tickets: socket.socket | None) -> None:
-        self.channel = channel
-        self.tickets = tickets
+    def __init__(self, ends: _os.Ends) -> None:
+        self.channel, self.answers, self._tickets, *_ = ends
         self._reader = _wire.FrameReader()
         self._frames: list[Frame] = []
 
     def say(self, *words: bytes) -> None:
-        self.channel.sendall(b"".join(words))
+        self.answers.write(b"".join(words))
 
     def say_hello(self) -> None:
         pid = os.getpid()
@@ -55,13 +55,13 @@ class Stage:
         """Draw the ticket of the next call; its number."""
         while True:
             while not self._frames:
-                if not self._reader.read_from(self.channel):
+                if not self._reader.read_from(self.channel.recv_into):
                     os._exit(0)
-                self._frames += self._reader
+                self._frames += itertools.starmap(Frame, self._reader.frames())
             frame = self._frames.pop(0)
-            if frame.kind == _wire.CALL:
-                assert self.tickets is not None
-                self.tickets.recv(_wire.TICKET_BYTES)
+            if frame.kind in (_wire.CALL, _wire.CALLS):
+                assert self._tickets is not None
+                _os.draw(self._tickets, [bytearray(_wire.TICKET_BYTES)])
                 return frame.number
 
 
@@ -73,17 +73,17 @@ class Troupe:
         self._real = real
         self.launches = 0
 
-    def launch(self, channel: socket.socket, tickets: socket.socket | None, setup: Setup) -> WorkerProcess:
+    def launch(self, ends: _os.Ends, setup: Setup) -> WorkerProcess:
         self.launches += 1
         if self.launches > 1:
-            return self._real.launch(channel, tickets, setup)
-        process = multiprocessing.get_context("fork").Process(target=self._act, args=(channel, tickets), daemon=True)
+            return self._real.launch(ends, setup)
+        process = multiprocessing.get_context("fork").Process(target=self._act, args=(ends,), daemon=True)
         process.start()
         return ContextWorker(process)
 
-    def _act(self, channel: socket.socket, tickets: socket.socket | None) -> None:
+    def _act(self, ends: _os.Ends) -> None:
         with suppress(OSError):
-            self._play(Stage(channel, tickets))
+            self._play(Stage(ends))
         os._exit(5)
 
 
@@ -105,7 +105,7 @@ def wait_long(stage: Stage) -> None:
 
 def test_a_worker_that_never_speaks_is_replaced(cast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Silent, or stuck within its first word: another worker takes its seat."""
-    monkeypatch.setattr(_core, "BOOT_LIMIT_S", 0.5)
+    monkeypatch.setattr(_seats, "BOOT_LIMIT_S", 0.5)
     hello = _wire.encode(Frame(_wire.BOOTED, 1))
     for words in (b"", hello[:1], hello[:-1]):
 
@@ -199,9 +199,11 @@ LIES = {
     "noise": lambda: random.Random(3).randbytes(500),
     "text": lambda: b"Traceback (most recent call last):\n" * 3,
     "zeros": lambda: bytes(500),
-    "an answer to nothing": lambda: _wire.encode_returned(77, 0, 0.0, b""),
+    "an answer to nothing": lambda: _wire.encode_answer(_wire.RETURNED, 77, 0.0, b""),
     "an answer twice": lambda: RETURNED + RETURNED,
-    "too much text": lambda: _wire.encode(Frame(_wire.RAISED, 1, text=bytes(_wire.MOST_TEXT + 1))),
+    "too much text": lambda: _wire.encode(
+        Frame(_wire.RAISED, 1, body=_wire.with_text(bytes(_wire.MOST_TEXT + 1), b""))
+    ),
 }
 
 
@@ -233,18 +235,14 @@ def test_nonsense_before_the_first_task(cast: Any) -> None:
     assert [executor.submit(plain.echo, n).result(NOTICED_S) for n in range(3)] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("way", [socket.SHUT_WR, socket.SHUT_RDWR, None], ids=["writing", "both", "closed"])
-def test_a_worker_that_lives_on_without_its_channel(cast: Any, way: int | None) -> None:
-    """A channel that is closed by a process that stays is a death, and the process is ended."""
+def test_a_worker_that_lives_on_and_can_say_no_more(cast: Any) -> None:
+    """A pipe for answers that is closed by a process that stays is a death, and the process is ended."""
 
     def play(stage: Stage) -> None:
         stage.say_hello()
         stage.take_call()
         stage.say(BEGAN)
-        if way is None:
-            stage.channel.close()
-        else:
-            stage.channel.shutdown(way)
+        stage.answers.close()
         wait_long(stage)
 
     executor = cast(play)
@@ -277,7 +275,7 @@ def test_a_task_that_writes_to_its_workers_channel(pool: MakePool, data: bytes) 
 def test_a_task_that_puts_something_else_in_the_channels_place(pool: MakePool, context: Any, by: str) -> None:
     """Whatever a task dups over the descriptors of its worker, only that task is lost."""
     executor = pool(1, context)
-    victim = executor.submit(tasks.replace_sockets, by)
+    victim = executor.submit(tasks.replace_descriptors, by)
     behind = [executor.submit(plain.echo, n) for n in range(4)]
     assert type(victim.exception(NOTICED_S)) is WorkerDied
     assert [future.result(LIMIT_S) for future in behind] == list(range(4))
@@ -286,7 +284,7 @@ def test_a_task_that_puts_something_else_in_the_channels_place(pool: MakePool, c
 def test_a_task_that_shuts_the_channel(pool: MakePool, context: Any) -> None:
     """The same if it shuts the sockets down."""
     executor = pool(1, context)
-    victim = executor.submit(tasks.shut_sockets)
+    victim = executor.submit(tasks.shut_descriptors)
     behind = [executor.submit(plain.echo, n) for n in range(4)]
     assert type(victim.exception(NOTICED_S)) is WorkerDied
     assert [future.result(LIMIT_S) for future in behind] == list(range(4))
@@ -296,53 +294,43 @@ def test_a_task_that_shuts_the_channel(pool: MakePool, context: Any) -> None:
 
 
 @contextmanager
-def a_worker(setup: Setup) -> Iterator[tuple[WorkerProcess, socket.socket]]:
-    """A real worker that is ready, and the parent's end of its channel."""
-    channel, theirs = _os.open_channel()
-    channel.settimeout(LIMIT_S)
-    process = launcher_of(None, "half").launch(theirs, None, setup)
-    theirs.close()
+def a_worker(setup: Setup) -> Iterator[tuple[WorkerProcess, ByHand]]:
+    """A real worker that is ready, and its parent."""
+    parent = ByHand()
+    process = launcher_of(None, "half").launch(parent.ends, setup)
+    parent.ends.close()
     try:
-        channel.sendall(process.greeting)
-        reader, frames = _wire.FrameReader(), list[Frame]()
-        while len(frames) < 2:
-            assert reader.read_from(channel)
-            frames += reader
-        assert [frame.kind for frame in frames] == [_wire.BOOTED, _wire.READY]
-        yield process, channel
+        parent.channel.sendall(process.greeting)
+        assert [parent.hear().kind for _ in range(2)] == [_wire.BOOTED, _wire.READY]
+        yield process, parent
     finally:
         process.kill(hard=True)
         until(process.is_dead, "its death")
         process.release()
-        _os.close(channel)
+        parent.close()
         del process
-
-
-def a_call() -> bytes:
-    payload = _payload.dumps_call(plain.size, (1, bytes(300_000)), {})
-    return b"".join(_wire.encode_call(1, payload.data, payload.function))
 
 
 @pytest.mark.parametrize("place", ["header", "data", "end"])
 def test_a_worker_whose_parent_goes_within_a_call(place: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Cut off at any place of a call, the worker leaves: quietly, and without running anything."""
-    call = a_call()
+    call = a_call(1, plain.size, 1, bytes(300_000))
     dice = random.Random(place)
     cut = {"header": dice.randrange(1, 40), "data": dice.randrange(60, len(call)), "end": len(call) - 1}[place]
-    with a_worker(Setup()) as (process, channel):
-        channel.sendall(call[:cut])
-        channel.shutdown(socket.SHUT_WR)
+    with a_worker(Setup()) as (process, parent):
+        parent.channel.sendall(call[:cut])
+        parent.channel.shutdown(socket.SHUT_WR)
         until(lambda: process.exitcode() is not None, "it leaves, and that is known")
         assert process.exitcode() == 0
-        assert channel.recv(1) == b""
+        assert parent.read() == 0
     assert capfd.readouterr().err == ""
 
 
 def test_a_worker_that_is_sent_nonsense_ends(capfd: pytest.CaptureFixture[str]) -> None:
     """A worker that cannot understand its parent does not wait for ever, and does not run anything."""
-    with a_worker(Setup()) as (process, channel):
-        channel.sendall(random.Random(5).randbytes(500))
+    with a_worker(Setup()) as (process, parent):
+        parent.channel.sendall(random.Random(5).randbytes(500))
         until(lambda: process.exitcode() is not None, "it ends, and that is known")
         assert process.exitcode() not in (None, -signal.SIGSEGV)
-        assert channel.recv(1) == b""
+        assert parent.read() == 0
     capfd.readouterr()

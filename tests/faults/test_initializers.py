@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from safepool import SafePoolExecutor, TaskTimeout, WorkerStartError, _core
+from safepool import SafePoolExecutor, TaskTimeout, WorkerStartError, _seats
 from tests.faults import tasks
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import BREAK_S, error_of, is_broken, is_usable
@@ -145,7 +145,7 @@ def test_its_arguments_end_the_worker_that_reads_them(pool: MakePool, how: str) 
 @pytest.mark.parametrize("how", ["sleeps", "holds the GIL", "stopped"])
 def test_it_hangs(pool: MakePool, context: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task with a deadline is over then, a cancelled one at once; shutdown gives a grace, and they are gone."""
-    monkeypatch.setattr(_core, "RETIRE_GRACE_S", 0.5)
+    monkeypatch.setattr(_seats, "RETIRE_GRACE_S", 0.5)
     initializer: tuple[Any, tuple[Any, ...]] = {
         "sleeps": (tasks.wait_for_ever, ()),
         "holds the GIL": (plain.hold_the_gil, ()),
@@ -199,7 +199,7 @@ def hang_after(log: Path, times: int) -> None:
 
 def test_it_starts_a_thread_that_stays(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that is no daemon keeps its worker from ending, but not the pool."""
-    monkeypatch.setattr(_core, "RETIRE_GRACE_S", 0.5)
+    monkeypatch.setattr(_seats, "RETIRE_GRACE_S", 0.5)
     executor = pool(2, initializer=tasks.start_a_thread)
     assert is_usable(executor)
     began = monotonic()
@@ -234,7 +234,7 @@ def test_it_changes_signals(pool: MakePool, kind: str) -> None:
     began = monotonic()
     executor.terminate_workers()
     executor.shutdown()
-    assert monotonic() - began < _core.TERM_GRACE_S + 2 + SLACK_S
+    assert monotonic() - began < _seats.TERM_GRACE_S + 2 + SLACK_S
 
 
 def ignore(name: str) -> None:

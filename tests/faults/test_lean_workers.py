@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,13 +11,18 @@ from typing import Any
 
 import pytest
 
-from safepool import _payload, _wire
+from safepool import TaskUnreadable, _payload, _wire
 from safepool._wire import Frame
 from safepool._worker import Setup
-from tests.support import LIMIT_S, run_script
+from tests.support import LIMIT_S, ByHand, run_script, words_and_value
 
 ROOT = Path(__file__).parents[2]
-BE_A_WORKER = "import sys; from safepool import _os, _worker; _worker.main(_os.socket_of(int(sys.argv[1])), None)"
+BE_A_WORKER = """
+import sys
+from safepool import _os, _worker
+channel, answers = map(int, sys.argv[1:])
+_worker.main(_os.Ends(_os.socket_of(channel), _os.End(answers), None))
+"""
 LOADED = "sorted(__import__('sys').modules)"
 USE_UP_DESCRIPTORS = """
 import os, resource
@@ -34,43 +37,34 @@ LOSE_MODULES = "import sys; sys.path.clear(); sys.path_importer_cache.clear(); s
 RAISE = "\nraise ValueError('words')"
 
 
-class LeanWorker:
+class LeanWorker(ByHand):
     """One in a fresh interpreter that has imported ``_worker`` alone, as the first worker of a program."""
 
     def __init__(self, setup: Setup) -> None:
-        self._channel, theirs = socket.socketpair()
-        self._channel.settimeout(LIMIT_S)
-        with theirs:
-            command = [sys.executable, "-c", BE_A_WORKER, str(theirs.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT)
-        self._reader = _wire.FrameReader()
-        self._frames: list[Frame] = []
+        super().__init__()
+        fds = self.ends.channel.fileno(), self.ends.answers.fileno()
+        command = [sys.executable, "-c", BE_A_WORKER, *map(str, fds)]
+        self.process = subprocess.Popen(command, pass_fds=fds, cwd=ROOT)
+        self.ends.close()
         self._calls = 0
-        self._channel.sendall(_wire.encode(Frame(_wire.SETUP, body=_payload.dumps((dict(os.environ), setup)))))
-        assert [self._hear().kind for _ in range(2)] == [_wire.BOOTED, _wire.READY]
-
-    def _hear(self) -> Frame:
-        while not self._frames:
-            assert self._reader.read_from(self._channel), "it is gone"
-            self._frames.extend(self._reader)
-        return self._frames.pop(0)
+        self.channel.sendall(_wire.encode(Frame(_wire.SETUP, body=_payload.dumps((dict(os.environ), setup)))))
+        assert [self.hear().kind for _ in range(2)] == [_wire.BOOTED, _wire.READY]
 
     def send(self, fn: Any, *args: Any) -> None:
         self._calls += 1
-        payload = _payload.dumps_call(fn, args, {})
-        self._channel.sendall(b"".join(_wire.encode_call(self._calls, payload.data, payload.function)))
+        self.post(self._calls, fn, *args)
 
     def answer(self) -> Frame:
         """Of one task whose beginning is told by a frame of its own."""
-        assert self._hear().kind == _wire.BEGAN
-        return self._hear()
+        assert self.hear().kind == _wire.BEGAN
+        return self.hear()
 
     def call(self, fn: Any, *args: Any) -> Frame:
         self.send(fn, *args)
         return self.answer()
 
     def end(self) -> None:
-        self._channel.close()
+        self.close()
         assert self.process.wait(LIMIT_S) == 0
 
 
@@ -93,17 +87,20 @@ def test_it_loads_the_rest_after_its_first_answer(lean: Callable[..., LeanWorker
     worker.send(eval, LOADED)
     worker.send(eval, LOADED)
     first, second = worker.answer(), worker.answer()
-    assert first.begins == 0
-    assert not {"traceback", "logging", "multiprocessing", "safepool.errors"} & {*pickle.loads(first.body)}
-    assert {"traceback", "logging", "multiprocessing", "safepool.errors"} <= {*pickle.loads(second.body)}
+    assert not first.kind & _wire.NEXT
+    later, never = {"traceback", "tokenize", "safepool._payload"}, {"logging", "multiprocessing", "safepool.errors"}
+    assert not (later | never) & {*words_and_value(first)[1]}
+    assert later <= {*words_and_value(second)[1]}
+    assert not never & {*words_and_value(second)[1]}
 
 
 def test_it_loads_the_rest_before_an_initializer(lean: Callable[..., LeanWorker]) -> None:
     """An initializer may take all descriptors too."""
     answer = lean(exec, (USE_UP_DESCRIPTORS,)).call(exec, RAISE)
-    assert repr(pickle.loads(answer.body)) == "ValueError('words')"
-    assert b"Traceback" in answer.text
-    assert b"_worker.py" in answer.text
+    text, error = words_and_value(answer)
+    assert repr(error) == "ValueError('words')"
+    assert b"Traceback" in text
+    assert b"_worker.py" in text
 
 
 @pytest.mark.parametrize("loss", [USE_UP_DESCRIPTORS, LOSE_MODULES], ids=["descriptors", "modules"])
@@ -113,11 +110,12 @@ def test_the_first_task_can_load_nothing_and_raises(lean: Callable[..., LeanWork
     for code in (loss + RAISE, RAISE):
         answer = worker.call(exec, code)
         assert answer.kind == _wire.RAISED
-        assert repr(pickle.loads(answer.body)) == "ValueError('words')"
-        assert answer.text.startswith(b"Traceback (most recent call last):\n")
-        assert b'File "<string>", line' in answer.text
-        assert answer.text.endswith(b"ValueError: words\n")
-    assert pickle.loads(worker.call(pow, 2, 3).body) == 8
+        text, error = words_and_value(answer)
+        assert repr(error) == "ValueError('words')"
+        assert text.startswith(b"Traceback (most recent call last):\n")
+        assert b'File "<string>", line' in text
+        assert text.endswith(b"ValueError: words\n")
+    assert words_and_value(worker.call(pow, 2, 3))[1] == 8
 
 
 class Lossy:
@@ -130,22 +128,17 @@ class Lossy:
         return exec, (self._code,)
 
 
-def test_the_first_call_cannot_be_unpickled(lean: Callable[..., LeanWorker]) -> None:
-    """It is told as ever."""
-    answer = lean().call(abs, Lossy(RAISE))
-    assert type(pickle.loads(answer.body)).__name__ == "TaskUnreadable"
-    assert b"ValueError: words" in answer.text
-
-
-@pytest.mark.parametrize("loss", [USE_UP_DESCRIPTORS, LOSE_MODULES], ids=["descriptors", "modules"])
-def test_the_first_call_cannot_be_unpickled_and_nothing_loaded(lean: Callable[..., LeanWorker], loss: str) -> None:
-    """What unpickling raised is told, for want of the class that says so."""
+@pytest.mark.parametrize("loss", ["", USE_UP_DESCRIPTORS, LOSE_MODULES], ids=["nothing", "descriptors", "modules"])
+def test_the_first_call_cannot_be_unpickled(lean: Callable[..., LeanWorker], loss: str) -> None:
+    """It is told as ever, also by a worker that can load nothing any more."""
     worker = lean()
     answer = worker.call(abs, Lossy(loss + RAISE))
     assert answer.kind == _wire.RAISED
-    assert repr(pickle.loads(answer.body)) == "ValueError('words')"
-    assert b"ValueError: words" in answer.text
-    assert pickle.loads(worker.call(pow, 2, 3).body) == 8
+    text, error = words_and_value(answer)
+    assert type(error) is TaskUnreadable
+    assert error.pid == worker.process.pid
+    assert b"ValueError: words" in text
+    assert words_and_value(worker.call(pow, 2, 3))[1] == 8
 
 
 @pytest.mark.parametrize("code", ["lambda: 5", "__import__('socket').socket()"], ids=["lambda", "socket"])
@@ -159,7 +152,7 @@ def test_a_first_result_that_cannot_be_pickled(lean: Callable[..., LeanWorker]) 
     for loss in ("0", f"exec({LOSE_MODULES!r})"):
         answer = lean().call(eval, f"[{loss}, __import__('_thread').allocate_lock()]")
         assert answer.kind == _wire.RAISED
-        assert "cannot pickle '_thread.lock'" in str(pickle.loads(answer.body))
+        assert "cannot pickle '_thread.lock'" in str(words_and_value(answer)[1])
 
 
 FIRST = """

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from safepool import SafePoolExecutor, TaskTimeout, WorkerDied, _core
+from safepool import SafePoolExecutor, TaskTimeout, WorkerDied, _seats
 from tests.faults import tasks
 from tests.pool import tasks as plain
 from tests.pool.test_deaths import error_of, is_usable, running
@@ -187,7 +187,7 @@ def test_while_the_pool_shuts_down(pool: MakePool, context: Any, tmp_path: Path,
 
 def test_while_idle_workers_are_sent_home(pool: MakePool, context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped worker, and one that is killed in that moment, do not keep the pool from closing."""
-    monkeypatch.setattr(_core, "RETIRE_GRACE_S", 0.5)
+    monkeypatch.setattr(_seats, "RETIRE_GRACE_S", 0.5)
     executor = pool(2, context)
     futures = [executor.submit(plain.nap, 0.2, n) for n in range(2)]
     assert [future.result(LIMIT_S) for future in futures] == [0, 1]
@@ -207,7 +207,7 @@ def test_while_idle_workers_are_sent_home(pool: MakePool, context: Any, monkeypa
 
 def test_stopped_while_it_reads_or_answers(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that stops while it unpickles a task, or pickles an answer, is over at the task's limit."""
-    monkeypatch.setattr(_core, "ACK_LIMIT_S", 1.0)
+    monkeypatch.setattr(_seats, "ACK_LIMIT_S", 1.0)
     executor = pool(2, timeout=0.5 + SLACK_S)
     for victim in (
         executor.submit(plain.echo, tasks.EndsWhenRead("SIGSTOP")),
@@ -223,8 +223,8 @@ def test_stopped_while_it_reads_or_answers(pool: MakePool, monkeypatch: pytest.M
 
 def test_stopped_while_it_writes(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped at many places within or behind a big answer: whole, or over at the limit; those behind it come."""
-    monkeypatch.setattr(_core, "ACK_LIMIT_S", 0.5)
-    monkeypatch.setattr(_core, "READ_BYTES_PER_S", 1e9)
+    monkeypatch.setattr(_seats, "ACK_LIMIT_S", 0.5)
+    monkeypatch.setattr(_seats, "READ_BYTES_PER_S", 1e9)
     executor = pool(2, timeout=0.5 + SLACK_S)
     for n in range(2):
         size = BIG_BYTES + n
@@ -240,8 +240,8 @@ def test_stopped_while_it_writes(pool: MakePool, monkeypatch: pytest.MonkeyPatch
 
 def test_stopped_while_its_task_is_half_sent(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped worker with half of a big argument: the task is taken from it and done by another."""
-    monkeypatch.setattr(_core, "ACK_LIMIT_S", 0.5)
-    monkeypatch.setattr(_core, "READ_BYTES_PER_S", 1e8)
+    monkeypatch.setattr(_seats, "ACK_LIMIT_S", 0.5)
+    monkeypatch.setattr(_seats, "READ_BYTES_PER_S", 1e8)
     executor = pool(1)
     pid = executor.submit(os.getpid).result(LIMIT_S)
     os.kill(pid, signal.SIGSTOP)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fault_pools import OURS, STARTS
 from benchmarks.fault_rows import PASS, ROWS
 from benchmarks.faults import Cell, run_cell
+from benchmarks.pools import OURS, STARTS
 
 LIMIT_S = 110.0  # for one cell; its own limits are shorter, but for rows that repeat much
 SLACK_S = 1.5  # what a machine that has other work may add to any time

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 import safepool
-from safepool import SafePoolExecutor, WorkerDied, _os, _payload, _wire
+from safepool import SafePoolExecutor, WorkerDied, _os, _wire
 from safepool._launch import ContextLauncher, Launcher, WorkerProcess, launcher_of
 from safepool._worker import Setup
 from safepool.policy import LaunchPolicy
 from tests.conftest import CONTEXTS
 from tests.pool import tasks
-from tests.support import LIMIT_S, is_gone, run_script, until
+from tests.support import LIMIT_S, ByHand, is_gone, run_script, until, words_and_value
 
 LAUNCHERS = ("default", "fork", "spawn", "forkserver", "loky")
 LEAVE = LaunchPolicy(leftovers="leave")  # what is ended, and when, is the containment tests' subject
@@ -40,29 +40,16 @@ def launcher(request: pytest.FixtureRequest) -> Launcher:
     return launcher_of(multiprocessing.get_context(request.param), "contract", LEAVE)
 
 
-class _Started:
-    """A worker, and a parent that does by hand what a link does."""
+class _Started(ByHand):
+    """A worker, and its parent."""
 
     def __init__(self, launcher: Launcher, setup: Setup) -> None:
-        self.channel, theirs = _os.open_channel()
-        self.channel.settimeout(LIMIT_S)
+        super().__init__()
         try:
-            self.process: WorkerProcess = launcher.launch(theirs, None, setup)
+            self.process: WorkerProcess = launcher.launch(self.ends, setup)
         finally:
-            theirs.close()
+            self.ends.close()
         self.channel.sendall(self.process.greeting)
-        self._reader = _wire.FrameReader()
-        self._frames: list[_wire.Frame] = []
-
-    def hear(self) -> _wire.Frame:
-        while not self._frames:
-            assert self._reader.read_from(self.channel), "the worker closed its channel"
-            self._frames += self._reader
-        return self._frames.pop(0)
-
-    def post(self, number: int, fn: Any, *args: Any) -> None:
-        payload = _payload.dumps_call(fn, args, {})
-        self.channel.sendall(b"".join(_wire.encode_call(number, payload.data, payload.function)))
 
     def call(self, number: int, *call: Any) -> _wire.Frame:
         fn, *args = call
@@ -85,7 +72,7 @@ class _Started:
         with suppress(AssertionError):
             until(self.process.is_dead, "its death")
         self.process.release()
-        _os.close(self.channel)
+        super().close()
         del self.process  # multiprocessing's object gives back its pipes when nobody has it any more
 
 
@@ -104,8 +91,8 @@ def test_it_is_a_process_of_its_own_that_is_set_up_and_works(worker: _Started) -
     """The worker speaks from the pid it is said to have, ran its initializer, and answers calls."""
     assert worker.process.pid != os.getpid()
     answer = worker.call(1, os.getpid)
-    assert (answer.kind, _payload.loads(answer.body)) == (_wire.RETURNED, worker.process.pid)
-    assert _payload.loads(worker.call(2, os.getenv, "SAFEPOOL_TEST").body) == "set up"
+    assert (answer.kind, words_and_value(answer)[1]) == (_wire.PLAIN, worker.process.pid)
+    assert words_and_value(worker.call(2, os.getenv, "SAFEPOOL_TEST"))[1] == "set up"
     assert not worker.process.is_dead()
     assert worker.process.exitcode() is None
 
@@ -141,7 +128,7 @@ def test_its_exit_code_is_told(worker: _Started) -> None:
 
 def test_its_own_children_do_not_hide_its_death(worker: _Started) -> None:
     """A child that a task forked inherits what it may; the death of the worker is seen all the same."""
-    child = _payload.loads(worker.call(1, tasks.fork_a_child, 60.0).body)
+    child = words_and_value(worker.call(1, tasks.fork_a_child, 60.0))[1]
     try:
         began = monotonic()
         worker.process.kill(hard=True)
@@ -211,7 +198,7 @@ import sys, os, multiprocessing.util, concurrent.futures.process, selectors, sel
 import _signal, _socket
 from loky.backend import context
 
-del os.fork, os.register_at_fork, os.pidfd_open, os.WNOHANG
+del os.fork, os.register_at_fork, os.pidfd_open, os.WNOHANG, os.memfd_create
 del signal.pidfd_send_signal, socket.MSG_DONTWAIT, select.poll, _signal.pidfd_send_signal, _socket.MSG_DONTWAIT
 sys.platform = "win32"
 sys.modules["fcntl"] = sys.modules["termios"] = None

@@ -239,6 +239,10 @@ def make_and_raise(cls: Any, *args: Any) -> None:
     raise cls(*args)
 
 
+def a_set() -> set[int]:
+    return {1}
+
+
 def a_lock() -> Any:
     return threading.Lock()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any
@@ -43,10 +44,12 @@ def test_a_bug_in_the_core_fails_everything_with_the_log(
         futures: list[SafeFuture] = []
         with suppress(PoolBroken):  # the first may break it before the second is submitted
             for n in range(6):
-                futures.append(executor.submit(tasks.nap, 0.05, n))  # noqa: PERF401
-            futures.pop().cancel()
+                futures.append(executor.submit(tasks.nap, 0.05 if n else 1.0, n))  # noqa: PERF401
+            until(lambda: futures[0].running() or futures[0].done(), "the first one runs")
+            futures[0].kill()
             executor.submit(os._exit, 3)
-        errors = [future.exception(LIMIT_S) for future in futures]
+        wait(futures, LIMIT_S)
+        errors = [future.exception(LIMIT_S) for future in futures if not future.cancelled()]
         until(lambda: executor._broken, "the breakdown")
         until(lambda: "please report" in caplog.text, "the log tells of it")
     told = [error for error in errors if error is not None]

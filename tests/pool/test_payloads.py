@@ -545,7 +545,8 @@ def look():
 
 with SafePoolExecutor(1, multiprocessing.get_context("fork")) as executor:
     futures = [executor.submit(use, Plugin()) for _ in range(20)]
-    sizes = [call.payload.size_bytes() for call in list(executor._watchdog._calls.values())]
+    waiting = list(executor._watchdog._pending.futures.values())
+    sizes = [future._payload.size_bytes() for future in waiting if future._payload]
     assert max(sizes, default=0) < 1000, sizes
     print({future.result(30) for future in futures}, executor.submit(look).result(30))
     for number in (2, 1):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,41 +10,21 @@ from typing import Any
 import pytest
 
 from safepool import CAPABILITIES, SafePoolExecutor, TaskTimeout
+from tests.pool.stack_tasks import (
+    asleep_for_long,
+    busy_in_c,
+    busy_in_python,
+    deaf_to_all_signals,
+    held_up,
+    sleep_then_die,
+    stopped,
+)
 from tests.support import LIMIT_S, SLACK_S, until
 
 pytestmark = pytest.mark.skipif("keeper" not in CAPABILITIES, reason="workers write their stacks into a file in memory")
 
 TIMEOUT_S = 0.3
 Make = Callable[..., SafePoolExecutor]
-
-
-def asleep_for_long() -> None:
-    time.sleep(60)
-
-
-def busy_in_python() -> None:
-    while True:
-        pass
-
-
-def busy_in_c() -> None:
-    re.match(r"(a+)+$", "a" * 40 + "b")
-
-
-def stopped() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def deaf_to_all_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
-    time.sleep(60)
-
-
-def held_up(folder: str) -> str:
-    Path(folder, str(os.getpid())).touch()
-    while not Path(folder, "go").exists():
-        time.sleep(0.01)
-    return "went on"
 
 
 @pytest.mark.parametrize("task", [asleep_for_long, busy_in_python, busy_in_c])
@@ -78,21 +55,14 @@ def test_who_cannot_answer_is_killed_all_the_same(pool: Make, task: Callable[[],
 
 def test_a_later_attempt_does_not_tell_of_an_earlier_one(pool: Make, tmp_path: Path) -> None:
     """The first attempt is stopped where it sleeps; the second dies where nobody could ask it."""
-    future = pool(1, stacks=True).options(timeout=TIMEOUT_S, retry=1).submit(_sleep_then_die, str(tmp_path / "once"))
+    future = pool(1, stacks=True).options(timeout=TIMEOUT_S, retry=1).submit(sleep_then_die, str(tmp_path / "once"))
     error = future.exception(LIMIT_S)
     assert [attempt.cause for attempt in future.attempts] == ["timeout", "death"]
     first = future.attempts[0].error
     assert first is not None
-    assert "in _sleep_then_die" in first.__notes__[0]
+    assert "in sleep_then_die" in first.__notes__[0]
     assert future.stacks == ""
     assert not any("was doing" in note for note in getattr(error, "__notes__", ()))  # (the attempts are one)
-
-
-def _sleep_then_die(path: str) -> None:
-    if Path(path).exists():
-        os._exit(7)
-    Path(path).touch()
-    time.sleep(60)
 
 
 def test_dump_stacks_asks_everybody_and_disturbs_nobody(pool: Make, context: Any, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""In a worker: many calls under one ticket, of which each is a task of its own in all but the way home.
+
+What each came to is on the board, which the parent can read, before the next one begins: so none that is finished is
+lost or run again, whatever ends the worker.
+
+After one that took long the worker takes the token for the rest of the batch, which it has put there at the start, and
+without it returns the rest.  So the parent may give that to others: it takes the token if it has seen one and the same
+call run for so long (``SLOW_S``) that it knows which one it is, and that the token is asked for after it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from time import perf_counter
+
+from . import _unpack, _wire
+from ._shapes import NamedTuple
+from ._unpack import CHUNK, ONE
+from ._wire import Board, Frame
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Outcome = Any  # a plain value; or, not plain, (did it return, what is pickled)
+
+
+SLOW_S = 0.002
+NUMBER, PARTS, RUNS, COUNT = range(4)  # of the head of a board
+
+
+class Calls(NamedTuple):
+    """``how``: ``ONE``, each has one argument, and ``arguments`` are these; ``CHUNK``: those of many make one task."""
+
+    arguments: list[Any]
+    how: int
+
+
+class Journal:
+    """What is written to the board: see ``_wire.Board``."""
+
+    def __init__(self, memory: Any) -> None:
+        """``memory``: None if there is no board."""
+        self._memory = memory
+        self._head: Any = None if memory is None else memoryview(memory)[: Board.HEAD.size].cast("Q")
+        self._number = self._parts = self._count = 0
+        self._at = Board.HEAD.size
+
+    def begin(self, number: int) -> None:
+        """A batch."""
+        self._number = number
+        self._parts = -1
+        self.turn()
+
+    def turn(self) -> None:
+        """A part was sent: what follows is of the next one."""
+        self._parts += 1
+        self._count = 0
+        self._at = Board.HEAD.size
+        if self._memory is not None:
+            # Scenario 1: (a) the parent reads the head, (b) this begins another batch, (c) the parent reads what its
+            # tasks came to, for those of the old one.  So each field is one store, the number comes last, and the
+            # parent looks at it again.
+            head = self._head
+            head[COUNT] = head[NUMBER] = 0
+            head[PARTS], head[RUNS] = self._parts, 1
+            head[NUMBER] = self._number
+
+    def add(self, told: bytes) -> bool:
+        """False: there is no room, and nothing has happened."""
+        if self._memory is None:
+            return True
+        end = self._at + len(told)
+        if end > Board.BYTES:
+            return False
+        self._memory[self._at : end] = told
+        self._at = end
+        self._count = count = self._count + 1
+        self._head[COUNT] = count
+        return True
+
+    def stop(self) -> None:
+        """No other task of the batch is begun."""
+        if self._memory is not None:
+            self._head[RUNS] = 0
+
+
+def run(
+    journal: Journal,
+    number: int,
+    fn: Callable[..., Any],
+    calls: Calls,
+    *,
+    failure: Callable[[BaseException], bytes],
+    send: Callable[[Frame], None],
+    send_big: Callable[[Any], bytes] | None,
+    tidy_up: Callable[[int], bool],
+    may_go_on: Callable[[], bool],
+    shortest_s: float,
+) -> tuple[int, float, bytes, bool]:
+    """Run them; the last answer, as kind, run time in seconds and body, and whether it was tidy (else: no more is run).
+
+    ``send_big`` what is big of a result, if that can be done; what is told of it then ends a part.
+    ``tidy_up(at)`` after each task that took ``shortest_s`` and may have left something; False: it cannot be done.
+    ``may_go_on()`` after each that took long: is the rest of the batch still ours?
+    """
+    arguments, how = calls
+    has_one, is_chunk = bool(how & (ONE | CHUNK)), bool(how & CHUNK)
+    if is_chunk:
+        fn = partial(many, fn, has_one=bool(how & ONE))
+    outcomes: list[Outcome] = []
+    journal.begin(number)
+    keep, tell, small = journal.add, _wire.plain, _unpack.SMALL
+    pickled = _unpack.dumps_result if send_big is None else _unpack.dumps_big_result
+    is_ours = False  # the rest, for sure
+    began = before = perf_counter()
+    for args in arguments:
+        part = _wire.PART
+        try:
+            outcome = fn(args) if has_one else fn(*args)
+            if type(outcome) not in small and not (is_chunk and _unpack.are_small(outcome)):
+                outcome = pickled(outcome)
+                if type(outcome) is not bytes:
+                    outcome, part = send_big(outcome), _wire.BIG_PART  # type: ignore[misc]
+                outcome = True, outcome
+        except BaseException as error:
+            outcome = False, failure(error)
+            BaseException.with_traceback(error, None)  # its frames hold the arguments
+        told = tell(outcome)
+        outcomes.append(outcome)
+        if part == _wire.BIG_PART or not keep(told):
+            send(Frame(part, number, perf_counter() - began, tell(outcomes)))
+            outcomes = []
+            journal.turn()
+            began = perf_counter()
+        now = perf_counter()
+        if now - before >= shortest_s:
+            if not tidy_up(len(outcomes) - 1):
+                journal.stop()
+                return _wire.PART, now - began, tell(outcomes), False
+            if now - before >= SLOW_S and not is_ours:
+                is_ours = may_go_on()
+                if not is_ours:
+                    break
+            now = perf_counter()
+        before = now
+    return _wire.PLAIN, perf_counter() - began, tell(outcomes), True
+
+
+def many(fn: Callable[..., Any], arguments: list[Any], *, has_one: bool) -> list[Any]:
+    """A chunk.  (``map`` would take a StopIteration of ``fn`` for its own end.)"""
+    return [fn(one) for one in arguments] if has_one else [fn(*args) for args in arguments]
+
+
+def refuse(error: BaseException) -> Callable[..., Any]:
+    """In the place of a function that cannot be had."""
+
+    def fn(*args: Any) -> Any:
+        raise error
+
+    return fn

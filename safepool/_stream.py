@@ -1,0 +1,263 @@
+"""The items of one ``map``, or its chunks: to the pool each is a task, but they travel, and come home, by the hundred.
+
+What an item came to is kept as its worker told it: a plain value itself; else a pair, whether it returned and what is
+pickled; or a future, if it never came to an answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED
+from time import monotonic
+
+from ._link import Answer
+from ._unpack import CHUNK, absent
+from ._wire import text_and_body
+from .errors import Unfinished
+from .future import LOOK_AFTER_S, Kind, SafeFuture
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
+
+    from .future import Home
+
+#: The numbers of the items of a stream follow one another, and are no other task's.
+BLOCK = 1 << 32
+FIRST_ITEM = BLOCK << 16
+FIRST_LOOK_S = 0.05  # then longer and longer, up to ``LOOK_AFTER_S``
+_blocks = itertools.count(FIRST_ITEM // BLOCK)
+
+
+class Item(SafeFuture):
+    """One item, when something is to be said of it."""
+
+    __slots__ = ()
+    noun = "item"
+
+    def __str__(self) -> str:
+        return f"{self.noun} {self._task % BLOCK} of map over {self.name}"
+
+
+class Stream:
+    """``results`` holds what each item came to, or ``absent``.  Only the watchdog changes it, but for ``taken``."""
+
+    __slots__ = (
+        "_awaited", "_failure", "_has_failed", "_home", "_kind", "_payload", "calls", "first", "how", "is_shuffled",
+        "is_unwanted", "last", "left", "results",
+    )  # fmt: skip
+
+    def __init__(self, home: Home, kind: Kind, calls: list[Any], how: int) -> None:
+        """``calls``: the arguments of each; ``how``: ``ONE``, its only argument; ``CHUNK``: those of many make one."""
+        self.calls = calls
+        self.how = how
+        self.first = next(_blocks) * BLOCK
+        self.last = self.first + len(calls) - 1
+        self.left = len(calls)  # to be settled
+        self.results: list[Any] = [absent] * len(calls)
+        self.is_unwanted = False
+        self.is_shuffled = False  # some were taken back from a worker: the queue may have them in another order
+        self._failure: tuple[object, BaseException] | None = None  # the last one, and its error
+        self._has_failed = False  # some never came to an answer
+        self._awaited: tuple[int, threading.Lock] | None = None
+        self._home = home
+        self._kind = kind
+        self._payload = None
+
+    # --------------------------------------------------------- the user's side
+
+    def outcomes(self, end: float | None) -> Iterator[Any]:
+        """The values in order, chunks opened; raises what an item raised, and ``Unfinished`` when ``end`` has come."""
+        results, is_chunked = self.results, bool(self.how & CHUNK)
+        try:
+            for at in range(len(results)):
+                value = results[at]
+                if value is absent:
+                    value = self._wait_for(at, end)
+                # Nothing here holds a result while the user works with it.
+                results[at] = None
+                if type(value) is tuple or type(value) is Item:
+                    value = self._opened(at, value) if is_chunked else [self._opened(at, value)]
+                    yield from emptied(value)
+                elif is_chunked:
+                    yield from value
+                else:
+                    yield value
+        finally:
+            self.is_unwanted = True
+            if self.left:
+                self._home.cancel_range(self.first, self.last)
+
+    def _wait_for(self, at: int, end: float | None) -> Any:
+        slice_s = FIRST_LOOK_S
+        while True:
+            slice_s = slice_s if end is None else min(slice_s, end - monotonic())
+            sleeper = threading.Lock()
+            sleeper.acquire(blocking=False)
+            self._awaited = at, sleeper
+            # (Looked at after that: who stores a result looks for a sleeper after it.)
+            if self.results[at] is absent and slice_s > 0:
+                sleeper.acquire(timeout=slice_s)
+            self._awaited = None
+            if self.results[at] is not absent:
+                return self.results[at]
+            # It may have ended, and its worker tells only when the batch has: the next ones may take long.
+            self._home.harvest(wait=slice_s <= 0)
+            if self.results[at] is not absent:
+                return self.results[at]
+            if slice_s <= 0:
+                item = self.item(self.first + at)
+                raise Unfinished(f"{item} is not done: it is {self._home.state_of(item._task)}", unfinished=[item])
+            self._home.check()
+            slice_s = min(2 * slice_s, LOOK_AFTER_S)
+
+    def _opened(self, at: int, outcome: tuple[bool, bytes] | Item) -> Any:
+        if isinstance(outcome, Item):
+            return outcome.result(0)
+        returned, body = outcome
+        item = self.item(self.first + at)
+        text, body = (b"", body) if returned else text_and_body(body)
+        item._answer = Answer(returned, text, body)
+        item._state = FINISHED
+        return item.result(0)
+
+    # --------------------------------------------------- the watchdog's side of it
+
+    def item(self, task: int) -> Item:
+        item = Item(self._home, task, self._kind)
+        if self.how & CHUNK:
+            item.noun = "chunk"
+        return item
+
+    def store(self, at: int, outcomes: list[Any]) -> None:
+        """What items from ``at`` on came to; not of those that have failed before."""
+        results = self.results
+        if self._has_failed:
+            olds = results[at : at + len(outcomes)]
+            outcomes = [old if type(old) is Item else new for old, new in zip(olds, outcomes)]
+            self.left -= sum(type(new) is not Item for new in outcomes)
+        else:
+            self.left -= len(outcomes)
+        results[at : at + len(outcomes)] = outcomes
+        self._wake()
+
+    def error_of(self, task: int, failure: object, make: Callable[[Item], BaseException]) -> BaseException:
+        """One for all items that end by one and the same failure: there may be a million."""
+        if self._failure is None or self._failure[0] is not failure:
+            self._failure = failure, make(self.item(task))
+        return self._failure[1]
+
+    def fail(self, task: int, error: BaseException) -> None:
+        item = self.item(task)
+        item.failed(error)
+        self._end(task, item)
+
+    def cancel(self, task: int) -> None:
+        if self.is_unwanted:  # nobody will look: there may be a million
+            self._has_failed = True
+            self.left -= self.results[task - self.first] is absent
+            self.results[task - self.first] = None
+            return
+        item = self.item(task)
+        item._end(CANCELLED_AND_NOTIFIED)
+        self._end(task, item)
+
+    def _end(self, task: int, item: Item) -> None:
+        self._has_failed = True
+        if self.results[task - self.first] is absent:
+            self.results[task - self.first] = item
+            self.left -= 1
+            self._wake()
+
+    def failed(self, error: BaseException) -> None:
+        """All that is not settled."""
+        for task in range(self.first, self.last + 1):
+            self.fail(task, error)
+
+    def _wake(self) -> None:
+        awaited = self._awaited
+        if awaited is not None and self.results[awaited[0]] is not absent:
+            self._awaited = None
+            awaited[1].release()
+
+    def __repr__(self) -> str:
+        return f"<Stream of {len(self.results)} items of {self._kind.name}: {self.left} left>"
+
+
+class Batch:
+    """Some items of a stream that one worker has, under one ticket.  To whoever sends it, it is as a future."""
+
+    __slots__ = ("_early", "parts", "start", "stop", "stream")
+    is_batch = True
+
+    def __init__(self, stream: Stream, start: int, stop: int) -> None:
+        self.stream = stream
+        self.start = start
+        self.stop = stop
+        self.parts = 0  # that the worker has sent so far
+        self._early = 0  # of the next part: so many are known already
+
+    @property
+    def _kind(self) -> Kind:
+        return self.stream._kind
+
+    @property
+    def how(self) -> int:
+        return self.stream.how
+
+    @property
+    def _payload(self) -> list[Any]:
+        return self.stream.calls[self.start : self.stop]
+
+    @property
+    def _task(self) -> int:
+        """Of the item that is the next to be answered."""
+        return self.stream.first + self.start
+
+    def tasks(self) -> range:
+        return range(self.stream.first + self.start, self.stream.first + self.stop)
+
+    def take(self, outcomes: list[Any]) -> range:
+        """Those that are answered now.  Raises ``ValueError`` if these are not the answers of this batch."""
+        answered = self._take(outcomes[self._early :])
+        self._early = 0
+        self.parts += 1
+        return answered
+
+    def take_early(self, outcomes: list[Any]) -> range:
+        """Those that are known before they are sent: ``take`` will bring them again."""
+        answered = self._take(outcomes[self._early :])
+        self._early = max(self._early, len(outcomes))
+        return answered
+
+    def _take(self, outcomes: list[Any]) -> range:
+        start, stop = self.start, self.start + len(outcomes)
+        if stop > self.stop:
+            raise ValueError(f"{len(outcomes)} answers for {self.stop - start} items")
+        self.stream.store(start, outcomes)
+        self.start = stop
+        return range(self.stream.first + start, self.stream.first + stop)
+
+    def cut(self, ended: int) -> tuple[int, ...]:
+        """The tasks after the one that runs, if so many have ended in this part; they belong to it no more."""
+        stop = self.start + ended - self._early + 1
+        if stop >= self.stop:
+            return ()
+        rest = range(self.stream.first + stop, self.stream.first + self.stop)
+        self.stop = stop
+        return tuple(rest)
+
+
+def emptied(values: list[Any]) -> Iterator[Any]:
+    """Each in turn; nothing here holds one while the user works with it."""
+    values.reverse()
+    while values:
+        yield values.pop()
+
+
+def batches_of(stream: Stream, tasks: Sequence[int], together: int) -> list[Batch]:
+    """Of items that follow one another."""
+    first, stop = tasks[0] - stream.first, tasks[-1] - stream.first + 1
+    return [Batch(stream, at, min(at + together, stop)) for at in range(first, stop, together)]
