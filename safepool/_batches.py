@@ -3,9 +3,16 @@
 What each came to is on the board, which the parent can read, before the next one begins: so none that is finished is
 lost or run again, whatever ends the worker.
 
-After one that took long the worker takes the token for the rest of the batch, which it has put there at the start, and
-without it returns the rest.  So the parent may give that to others: it takes the token if it has seen one and the same
-call run for so long (``SLOW_S``) that it knows which one it is, and that the token is asked for after it.
+After each that took long (``SLOW_S``) the worker asks for the token, which it has put there at the start: it takes it
+and puts it there anew, and without it returns the rest. So the parent may give the rest to others: it takes the token
+if it has seen one and the same call run for so long that it knows which one it is, and that the token is asked for
+after it.
+
+Scenario 2: (a) a task has ended, and the parent sees it, (b) the worker is held up, because it looks for what the
+task has left, say, (c) it runs the next one, which is quick, and the one after that; but the parent has seen one and
+the same count for so long, and has given that one to another worker. So no time lies between what is measured of one
+task and of the next: then of twice ``SLOW_S`` with one count, once at least is of one task. And who takes a token
+looks at how often it was asked for: one that was put there since is of a later task.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
 
 
 SLOW_S = 0.002
-NUMBER, PARTS, RUNS, COUNT = range(4)  # of the head of a board
+NUMBER, PARTS, RUNS, ENDED, ASKS = range(5)  # of the head of a board: see ``_wire.Where``
 
 
 class Calls(NamedTuple):
@@ -44,27 +51,29 @@ class Journal:
         """``memory``: None if there is no board."""
         self._memory = memory
         self._head: Any = None if memory is None else memoryview(memory)[: Board.HEAD.size].cast("Q")
-        self._number = self._parts = self._count = 0
+        self._number = self._parts = self._ended = 0
+        self.asks = 0  # for the token of this batch
         self._at = Board.HEAD.size
 
     def begin(self, number: int) -> None:
         """A batch."""
         self._number = number
         self._parts = -1
+        self.asks = 0
         self.turn()
 
     def turn(self) -> None:
         """A part was sent: what follows is of the next one."""
         self._parts += 1
-        self._count = 0
+        self._ended = 0
         self._at = Board.HEAD.size
         if self._memory is not None:
             # Scenario 1: (a) the parent reads the head, (b) this begins another batch, (c) the parent reads what its
             # tasks came to, for those of the old one.  So each field is one store, the number comes last, and the
             # parent looks at it again.
             head = self._head
-            head[COUNT] = head[NUMBER] = 0
-            head[PARTS], head[RUNS] = self._parts, 1
+            head[ENDED] = head[NUMBER] = 0
+            head[PARTS], head[RUNS], head[ASKS] = self._parts, 1, self.asks
             head[NUMBER] = self._number
 
     def add(self, told: bytes) -> bool:
@@ -76,9 +85,15 @@ class Journal:
             return False
         self._memory[self._at : end] = told
         self._at = end
-        self._count = count = self._count + 1
-        self._head[COUNT] = count
+        self._ended = ended = self._ended + 1
+        self._head[ENDED] = ended
         return True
+
+    def asked(self) -> None:
+        """For the token, which is there anew."""
+        self.asks += 1
+        if self._memory is not None:
+            self._head[ASKS] = self.asks
 
     def stop(self) -> None:
         """No other task of the batch is begun."""
@@ -110,11 +125,10 @@ def run(
     if is_chunk:
         fn = partial(many, fn, has_one=bool(how & ONE))
     outcomes: list[Outcome] = []
-    journal.begin(number)
     keep, tell, small = journal.add, _wire.plain, _unpack.SMALL
     pickled = _unpack.dumps_result if send_big is None else _unpack.dumps_big_result
-    is_ours = False  # the rest, for sure
     began = before = perf_counter()
+    journal.begin(number)  # (after that: see Scenario 2)
     for args in arguments:
         part = _wire.PART
         try:
@@ -139,11 +153,9 @@ def run(
             if not tidy_up(len(outcomes) - 1):
                 journal.stop()
                 return _wire.PART, now - began, tell(outcomes), False
-            if now - before >= SLOW_S and not is_ours:
-                is_ours = may_go_on()
-                if not is_ours:
-                    break
             now = perf_counter()
+            if now - before >= SLOW_S and not may_go_on():
+                break
         before = now
     return _wire.PLAIN, perf_counter() - began, tell(outcomes), True
 

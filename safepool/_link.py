@@ -9,7 +9,7 @@ import struct
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _bulk, _os, _unpack, _wire  # (later, no descriptor may be left to load them by)
@@ -22,7 +22,7 @@ from ._worker import Setup
 if TYPE_CHECKING:
     from ._packets import Left
     from ._payload import Function, Payload
-    from ._stream import Batch
+    from ._together import Batch
     from .future import Kind, SafeFuture
 
 MOST_BUFFERS = 64  # in one write; the system allows 1024
@@ -33,6 +33,9 @@ ANSWERS = (PLAIN, RETURNED, RAISED, BIG)
 PARTS = (PART, BIG_PART)
 GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)  # what a write says when nobody reads
 MOST_DIRECT_BYTES = 4096  # that an idle worker's channel takes at once
+SURE_S = 2 * SLOW_S  # one and the same task of a batch was seen for so long: see Scenario 2 of ``_batches``
+REST_LIMIT_S = 0.02  # for that, if somebody wants the rest of a batch
+REST_AGAIN_S = 0.0005
 
 
 class Answer(NamedTuple):
@@ -60,6 +63,14 @@ class Heard(NamedTuple):
     left: list[tuple[int, list[Left]]]  # what tasks left behind
     returned: list[int]  # tasks of a batch that the worker will not begin: it had no ticket for the rest
     lost: str | None  # why nothing can be read any more; "": it is closed
+
+
+class Seen(NamedTuple):
+    """What a look at a worker brought that it has not told."""
+
+    ended: list[int]  # tasks
+    raised: list[int]  # those of them that did
+    begun: int | None  # the task that runs
 
 
 class Loan:
@@ -149,7 +160,8 @@ class Link:
         self._undrawn: _os.End | None = None
         self._board: _os.End | None = None  # from the first batch on
         self._token: _os.End | None = None  # whose is the rest of the batch in hand?
-        self._seen: tuple[int, int, float] = 0, 0, 0.0  # of a batch: its number, how many have ended, since when
+        self._seen: tuple[_wire.Where | None, float] = None, 0.0  # how far it was with a batch, and since when
+        self._glanced = 0  # the number of that batch
         theirs: list[socket.socket | _os.End] = []
         try:
             self._channel, channel = _os.open_channel()
@@ -181,7 +193,9 @@ class Link:
         return self._channel.fileno()
 
     def takes_batches(self) -> bool:
-        """False: descriptors are short, and items go one at a time."""
+        """False: descriptors are short, or it is not Linux, and tasks go one at a time."""
+        if self._tickets is None or "board" not in _os.CAPABILITIES:
+            return False
         if self._token is None:
             try:
                 if self._board is None:  # (else it is there since an attempt at which the token was not to be had)
@@ -370,42 +384,88 @@ class Link:
         taken = [self._sent.pop(number).tasks() for number in sorted(numbers)]
         return tuple(itertools.chain.from_iterable(taken))
 
-    def take_rest(self) -> tuple[int, ...]:
-        """Of a batch in which one task takes long: those that come after it, and will not begin at this worker.
+    def take_rest(self, limit_s: float = REST_LIMIT_S) -> tuple[int, ...]:
+        """Of the batch in hand: what comes after the task that runs, and will not begin at this worker.
 
-        (The token of a later batch that is taken here by mistake does no harm: its worker returns the rest then.)
+        Nothing, if it ends within ``limit_s``, or goes on too fast for that to be known.
         """
-        number, batch, ended, _ = self._batch_in_hand()
-        if self._token is None or batch is None:
-            return ()
-        if self._seen[:2] != (number, len(ended)):
-            self._seen = number, len(ended), monotonic()
-        if monotonic() - self._seen[2] < SLOW_S:
-            return ()
-        return batch.cut(len(ended)) if _os.take_token(self._token) == number else ()
+        end = monotonic() + limit_s
+        while (where := self._where_in_batch()) is not None and self._sent[where.number].has_more(where.ended):
+            now = monotonic()
+            if now - self._seen[1] >= SURE_S and self._token is not None:
+                # (One of a later task that is taken by mistake does no harm: the worker returns the rest then.)
+                if _os.take_token(self._token) == _wire.token_of(where.number, where.asks):
+                    rest: tuple[int, ...] = self._sent[where.number].cut(where.ended)
+                    return rest
+                self._seen = None, 0.0
+            if now >= end:
+                break
+            sleep(REST_AGAIN_S)
+        return ()
 
-    def harvest(self) -> list[int]:
-        """Tasks of a batch that have ended, and of which the worker will tell only when the last one has."""
-        _, batch, ended, _ = self._batch_in_hand()
-        return _taken_early(batch, ended)
+    def _where_in_batch(self) -> _wire.Where | None:
+        """How far it is with the batch in hand; None: it is in none.  Notes since when that is so."""
+        where = self._where()
+        batch = None if where is None else self._sent.get(where.number)
+        if where is None or batch is None or not batch.is_batch or batch.parts != where.parts or not where.runs:
+            self._seen = None, 0.0
+            return None
+        if self._seen[0] != where:
+            self._seen = where, monotonic()
+        return where
 
-    def salvage(self) -> list[int]:
-        """Tasks of a batch that a dead worker had finished and not sent home."""
-        _, batch, ended, runs = self._batch_in_hand()
+    def is_late(self) -> bool:
+        """Is it in the midst of the same batch as when this was last asked?"""
+        where, before = self._where_in_batch(), self._glanced
+        self._glanced = 0 if where is None else where.number
+        return where is not None and where.number == before
+
+    def has_batches(self) -> bool:
+        return any(future.is_batch and future.is_many() for future in self._sent.values())
+
+    def look(self) -> Seen:
+        """What is not told of a batch before its last task has ended; and which task has begun and is not answered."""
+        batch, ended, runs = self._batch_in_hand()
+        if batch is None:
+            return Seen([], [], self._begun_by_ticket())
+        raised: list[int] = []
+        early = self._taken_early(batch, ended, raised)
+        return Seen(early, raised, batch.running(len(ended)) if runs else None)
+
+    def salvage(self) -> Seen:
+        """What a dead worker had finished of a batch and not sent home."""
+        batch, ended, runs = self._batch_in_hand()
         self._is_stopped = batch is not None and not runs
-        return _taken_early(batch, ended)
+        raised: list[int] = []
+        return Seen([] if batch is None else self._taken_early(batch, ended, raised), raised, None)
 
-    def _batch_in_hand(self) -> tuple[int, Batch | None, list[Any], bool]:
-        """Its number, itself, what those of its tasks came to of which nothing was sent, and does one run?"""
+    def _taken_early(self, batch: Batch, ended: list[Any], raised: list[int]) -> list[int]:
+        try:
+            return list(batch.take_early(ended, self.process.pid, raised))
+        except (ValueError, TypeError, _wire.ProtocolError):
+            return []  # a task has written on the board
+
+    def _batch_in_hand(self) -> tuple[Batch | None, list[Any], bool]:
+        """If it is the next to be answered: what those of its tasks came to that are not told; and does one run?"""
         number, batch = next(iter(self._sent.items()), (0, None))
         if self._board is None or batch is None or not batch.is_batch:
-            return number, None, [], False
-        fd = self._board.fileno()
+            return None, [], False
         try:
-            told = _wire.Board(lambda size, at: _os.read_at(fd, size, at)).finished(number, batch.parts)
+            told = self._read_board().finished(number, batch.parts)
         except (ValueError, EOFError, TypeError, struct.error, OSError):  # a task has written there
             told = None
-        return (number, None, [], False) if told is None else (number, batch, *told)
+        return (None, [], False) if told is None else (batch, *told)
+
+    def _where(self) -> _wire.Where | None:
+        try:
+            return None if self._board is None else self._read_board().where()
+        except (struct.error, OSError):
+            return None
+
+    def _read_board(self) -> _wire.Board:
+        assert self._board is not None
+        fd = self._board.fileno()
+        return _wire.Board(lambda size, at: _os.read_at(fd, size, at))
 
     def unbegun(self) -> tuple[int, ...]:
         """The tasks that a dead worker had not begun.  Where tickets are missing: as far as it told."""
@@ -424,8 +484,7 @@ class Link:
             return False
         return not loan.is_complete()
 
-    def begun(self) -> int | None:
-        """The task whose ticket was drawn, and that is not answered."""
+    def _begun_by_ticket(self) -> int | None:
         if self._undrawn is None:
             return None
         undrawn = _os.unread_bytes(self._undrawn.fileno()) // _wire.TICKET_BYTES
@@ -467,7 +526,7 @@ class Link:
         heard = Heard(False, False, None, [], [], None, 0.0, [], [], lost)
         answered, raised = heard.answered, heard.raised
         begun: int | None = 0  # its number, or: the next of those that are not answered
-        total_s = 0.0
+        total_s, early = 0.0, 0  # so many were known before
         pid, pop, plain_in = self.process.pid, self._sent.pop, _wire.plain_in
         try:
             for kind, number, run_s, body in self._reader.frames():
@@ -475,7 +534,11 @@ class Link:
                 if what in ANSWERS or what in PARTS:
                     future = pop(number) if what not in PARTS else self._sent[number]
                     if future.is_batch:
-                        answered += future.take(self._outcomes(what, body))
+                        outcomes = self._outcomes(what, body)
+                        early += len(outcomes)
+                        told = future.take(outcomes, pid, raised)
+                        early -= len(told)
+                        answered += told
                         heard.returned.extend(future.tasks() if what not in PARTS else ())
                         total_s += run_s
                         begun = None if kind & NEXT else 0
@@ -504,22 +567,17 @@ class Link:
             lost = self._give_up_reading()
         self._begun = begun or self._begun
         head = self._sent.get(begun or 0)
-        mean_s = total_s / len(answered) if answered else 0.0
+        mean_s = total_s / (len(answered) + early) if answered else 0.0
         return heard._replace(begun=None if head is None else head._task, run_s=mean_s, lost=lost)
 
     def _keep(self, future: SafeFuture, what: int, body: bytes) -> None:
-        """An answer, for whoever asks for it; with the record, if there is one, it may not be the last."""
         text = b""
         if future.done():
             return  # its pool was ended: what the user was told stands
         if what == RAISED:
             text, body = _wire.text_and_body(body)
-        answer = Answer(what != RAISED, text, body if what != BIG else self._received(body), what == PLAIN)
-        kind = future._kind
-        if kind.is_judged or (what == RAISED and kind.options.retry is not None):
-            future._made_record().answer = answer
-        else:
-            future._answer = answer
+        body = body if what != BIG else self._received(body)
+        future.keep(Answer(what != RAISED, text, body, what == PLAIN))
 
     def _outcomes(self, what: int, body: bytes) -> list[Any]:
         outcomes: list[Any] = _wire.plain_in(body)
@@ -537,7 +595,7 @@ class Link:
     def _hear_of_life(self, heard: Heard, what: int, number: int, body: bytes) -> Heard:
         if what == _wire.LEFT:
             at, left = _wire.leftovers_in(body)
-            heard.left.append((self._sent[number]._task + at, left))
+            heard.left.append((self._sent[number].nth(at), left))
         elif what == _wire.AGAIN:
             for part in self._inlined(number):
                 self._put(part, number)
@@ -572,10 +630,3 @@ class Link:
         return (
             f"<Link to worker {self.worker} pid {self.process.pid}: {len(self._sent)} sent, {len(self._out)} to write>"
         )
-
-
-def _taken_early(batch: Batch | None, ended: list[Any]) -> list[int]:
-    try:
-        return [] if batch is None else list(batch.take_early(ended))
-    except ValueError:
-        return []  # a task has written on the board

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import _events as e
 from . import _os, _stacks
-from ._link import Link
+from ._link import Link, Seen
 from ._log import CRITICAL
 from ._side import tell_aside
-from ._stream import Batch
 
 if TYPE_CHECKING:
     from collections import deque
@@ -28,6 +27,7 @@ STATUS_LIMIT_S = 1.5  # for the exit status of a dead worker to reach us, once i
 STATUS_AGAIN_S = 0.002
 STATUS_LOST_S = 0.05  # the same, when it seems that somebody else took it
 PIDS_KEPT = 1000  # of workers that are gone, for the errors that name them
+GLANCE_S = 0.005  # a batch that is in hand for longer than that holds up others
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 ANSWERS, CHANNEL, DEATH = "answers", "channel", "death"  # what a descriptor that is ready tells of
 
@@ -65,12 +65,15 @@ class Links:
         self._abandoned: set[int] = set()  # not wanted any more when they are there
         self._watched: dict[int, int] = {}  # worker -> the descriptor that reports its death, then its status
         self._dying: dict[int, tuple[Link, float]] = {}
+        self._glance_at: float | None = None  # when to see whether a batch takes too long
         self._asked: dict[int, tuple[Link, float, bool]] = {}  # to be killed when they have said what they are doing
 
     def moments(self, now: float) -> Iterator[float]:
         """When to look again, though no descriptor is ready."""
         for link, limit in self._dying.values():
             yield limit if link.worker in self._watched else now + STATUS_AGAIN_S
+        if self._glance_at is not None:
+            yield self._glance_at
         if self._asked:
             yield now + _stacks.LOOK_AGAIN_S
         if len(self._watched) < len(self.by_worker):
@@ -159,19 +162,36 @@ class Links:
             link.wanted = 0
             self.selector.unregister(link)
 
-    def look(self, worker: int) -> None:
-        """Which task has it begun?"""
+    def look(self, worker: int, mean_s: float) -> None:
+        """What has it done that it has not told, and which task has it begun?  ``mean_s``: what a task takes."""
         link = self.by_worker.get(worker)
-        begun = None if link is None else link.begun()
-        if begun is not None:
-            self._events.append(e.Received(monotonic(), worker, (), begun))
+        if link is not None:
+            self._note(link, link.look(), mean_s)
 
-    def harvest(self, mean_s: float) -> None:
-        """See which items of streams have ended.  ``mean_s``: what a task takes."""
-        for link in self.by_worker.values():
-            ended = link.harvest()
-            if ended:
-                self._events.append(e.Received(monotonic(), link.worker, tuple(ended), run_s=mean_s))
+    def _note(self, link: Link, seen: Seen, mean_s: float) -> None:
+        ended, raised, begun = seen
+        if ended or begun is not None:
+            event = e.Received(monotonic(), link.worker, tuple(ended), begun, mean_s, frozenset(raised))
+            self._events.append(event)
+
+    def have_batches(self) -> None:
+        """Tasks that share a ticket were sent: see that none of them holds up the others."""
+        if self._glance_at is None:
+            self._glance_at = monotonic() + GLANCE_S
+
+    def glance(self, mean_s: float) -> None:
+        """Where a batch takes too long: who waits for what has ended is told, and the rest goes to others."""
+        now = monotonic()
+        if self._glance_at is None or now < self._glance_at:
+            return
+        self._glance_at = None
+        for worker, link in self.by_worker.items():
+            if link.is_late():
+                self.look(worker, mean_s)
+                if rest := link.take_rest(0.0):
+                    self._events.append(e.TakenBack(now, worker, rest))
+            if link.has_batches():
+                self._glance_at = now + GLANCE_S
 
     def take_back(self, worker: int) -> None:
         link = self.by_worker.get(worker)
@@ -227,8 +247,8 @@ class Links:
             if link.process.stacks.is_written() or monotonic() >= limit:
                 del self._asked[worker]
                 for future in link.unanswered()[:1]:
-                    if not isinstance(future, Batch):
-                        future.stacks = link.process.stacks.take() or future.stacks
+                    if (one := future.one()) is not None:
+                        one.stacks = link.process.stacks.take() or one.stacks
                 link.process.kill(hard=hard)
 
     def died(self, link: Link) -> None:
@@ -267,8 +287,7 @@ class Links:
 
     def salvage(self, link: Link, mean_s: float) -> None:
         """What a dead worker had finished and not sent.  ``mean_s``: what a task takes."""
-        if salvaged := link.salvage():
-            self._events.append(e.Received(monotonic(), link.worker, tuple(salvaged), run_s=mean_s))
+        self._note(link, link.salvage(), mean_s)
 
     def bury(self, link: Link, code: int | None) -> None:
         """One that has ended, of which all has been heard."""

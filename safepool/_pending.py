@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ._evidence import error_of
 from ._log import WARNING
 from ._side import tell_aside
-from ._stream import FIRST_ITEM, Batch, Stream, batches_of
+from ._stream import FIRST_ITEM, Stream, batches_of
+from ._together import Batch, gathered
 from .errors import Attempt, with_attempts
 from .future import SafeFuture, answer_all, claim
 from .leaving import Leftover
@@ -44,18 +45,20 @@ class Pending:
     ) -> tuple[list[SafeFuture | Batch], tuple[int, ...]]:
         """What is to be sent of these, to that worker; and those that nobody wants any more.
 
-        ``together``: how many items may have one ticket, if the worker takes batches.
+        ``together``: how many may have one ticket, if the worker takes batches.
         """
         claimed: list[SafeFuture | Batch] = []
-        if self._streams:
-            for stream, some in self._by_stream(tasks):
-                if stream is None:
-                    claimed += claim([self.futures[task] for task in some])
-                elif not stream.is_unwanted:
-                    claimed += batches_of(stream, some, together if link is not None and link.takes_batches() else 1)
-        else:
-            claimed += claim([self.futures[task] for task in tasks])
-        going = len(claimed) if not self._streams else sum(len(future.tasks()) for future in claimed)
+        if together > 1 and (len(tasks) == 1 or link is None or not link.takes_batches()):
+            together = 1
+        going = 0
+        for stream, some in self._by_stream(tasks) if self._streams else ((None, tasks),):
+            if stream is None:
+                futures = claim([self.futures[task] for task in some])
+                going += len(futures)
+                claimed += futures if together == 1 else gathered(futures, together)
+            elif not stream.is_unwanted:
+                going += len(some)
+                claimed += batches_of(stream, some, together)
         if going == len(tasks):
             return claimed, ()
         # Scenario 1: (a) the core sends a task, (b) its user cancels it, (c) it is claimed here.

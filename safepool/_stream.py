@@ -12,6 +12,7 @@ from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED
 from time import monotonic
 
 from ._link import Answer
+from ._together import Batch
 from ._unpack import CHUNK, absent
 from ._wire import text_and_body
 from .errors import Unfinished
@@ -104,7 +105,7 @@ class Stream:
             if self.results[at] is not absent:
                 return self.results[at]
             # It may have ended, and its worker tells only when the batch has: the next ones may take long.
-            self._home.harvest(wait=slice_s <= 0)
+            self._home.look(wait=slice_s <= 0)
             if self.results[at] is not absent:
                 return self.results[at]
             if slice_s <= 0:
@@ -186,68 +187,25 @@ class Stream:
         return f"<Stream of {len(self.results)} items of {self._kind.name}: {self.left} left>"
 
 
-class Batch:
-    """Some items of a stream that one worker has, under one ticket.  To whoever sends it, it is as a future."""
+class Items(Batch):
+    """Some of a stream, that follow one another."""
 
-    __slots__ = ("_early", "parts", "start", "stop", "stream")
-    is_batch = True
+    __slots__ = ("stream",)
 
     def __init__(self, stream: Stream, start: int, stop: int) -> None:
+        super().__init__(stream._kind, stream.how, start, stop)
         self.stream = stream
-        self.start = start
-        self.stop = stop
-        self.parts = 0  # that the worker has sent so far
-        self._early = 0  # of the next part: so many are known already
-
-    @property
-    def _kind(self) -> Kind:
-        return self.stream._kind
-
-    @property
-    def how(self) -> int:
-        return self.stream.how
 
     @property
     def _payload(self) -> list[Any]:
         return self.stream.calls[self.start : self.stop]
 
-    @property
-    def _task(self) -> int:
-        """Of the item that is the next to be answered."""
-        return self.stream.first + self.start
-
-    def tasks(self) -> range:
-        return range(self.stream.first + self.start, self.stream.first + self.stop)
-
-    def take(self, outcomes: list[Any]) -> range:
-        """Those that are answered now.  Raises ``ValueError`` if these are not the answers of this batch."""
-        answered = self._take(outcomes[self._early :])
-        self._early = 0
-        self.parts += 1
-        return answered
-
-    def take_early(self, outcomes: list[Any]) -> range:
-        """Those that are known before they are sent: ``take`` will bring them again."""
-        answered = self._take(outcomes[self._early :])
-        self._early = max(self._early, len(outcomes))
-        return answered
-
-    def _take(self, outcomes: list[Any]) -> range:
-        start, stop = self.start, self.start + len(outcomes)
-        if stop > self.stop:
-            raise ValueError(f"{len(outcomes)} answers for {self.stop - start} items")
-        self.stream.store(start, outcomes)
-        self.start = stop
+    def _numbers(self, start: int, stop: int) -> Sequence[int]:
         return range(self.stream.first + start, self.stream.first + stop)
 
-    def cut(self, ended: int) -> tuple[int, ...]:
-        """The tasks after the one that runs, if so many have ended in this part; they belong to it no more."""
-        stop = self.start + ended - self._early + 1
-        if stop >= self.stop:
-            return ()
-        rest = range(self.stream.first + stop, self.stream.first + self.stop)
-        self.stop = stop
-        return tuple(rest)
+    def _store(self, start: int, outcomes: list[Any], pid: int) -> list[int]:
+        self.stream.store(start, outcomes)
+        return []
 
 
 def emptied(values: list[Any]) -> Iterator[Any]:
@@ -257,7 +215,7 @@ def emptied(values: list[Any]) -> Iterator[Any]:
         yield values.pop()
 
 
-def batches_of(stream: Stream, tasks: Sequence[int], together: int) -> list[Batch]:
+def batches_of(stream: Stream, tasks: Sequence[int], together: int) -> list[Items]:
     """Of items that follow one another."""
     first, stop = tasks[0] - stream.first, tasks[-1] - stream.first + 1
-    return [Batch(stream, at, min(at + together, stop)) for at in range(first, stop, together)]
+    return [Items(stream, at, min(at + together, stop)) for at in range(first, stop, together)]

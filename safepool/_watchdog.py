@@ -215,18 +215,14 @@ class Watchdog:
 
         (self.ask if wait else self.post)(act)
 
-    def look(self) -> None:
-        """See which tasks have begun."""
+    def look(self, *, wait: bool) -> None:
+        """See which tasks have begun, and which have ended that their workers have not told of."""
 
         def act() -> None:
             for worker in self._links.by_worker:
-                self._links.look(worker)
+                self._links.look(worker, self._core.mean_s())
 
-        self.ask(act)
-
-    def harvest(self, *, wait: bool) -> None:
-        """See which items of streams have ended."""
-        (self.ask if wait else self.post)(lambda: self._links.harvest(self._core.mean_s()))
+        (self.ask if wait else self.post)(act)
 
     def cancel_range(self, first: int, last: int) -> None:
         """Of the items of a stream."""
@@ -381,6 +377,7 @@ class Watchdog:
             elif what is CHANNEL:
                 self._links.writing.add(link.worker)
             self._drain()
+        self._links.glance(self._core.mean_s())
         self._links.kill_the_asked()
         for link, code in self._links.ended():
             self._links.hear(link, to_the_end=True)  # "answered, then died" is one fact: first the answer
@@ -533,6 +530,8 @@ class Watchdog:
             self._events.appendleft(e.Withheld(monotonic(), command.worker, withheld))
         if link is not None and claimed:
             link.send(claimed, always_told=self._always_told)
+            if command.together > 1:
+                self._links.have_batches()
             self._links.writing.add(command.worker)
 
     def _act_fail(self, command: e.Fail) -> None:
@@ -632,7 +631,7 @@ _ACTS: dict[type, Callable[[Watchdog, Any], None]] = {
     e.Spawn: Watchdog._act_spawn,
     e.Send: Watchdog._act_send,
     e.TakeBack: lambda watchdog, command: watchdog._links.take_back(command.worker),
-    e.Look: lambda watchdog, command: watchdog._links.look(command.worker),
+    e.Look: lambda watchdog, command: watchdog._links.look(command.worker, watchdog._core.mean_s()),
     e.AskExit: lambda watchdog, command: watchdog._links.ask_exit(command.worker),
     e.Kill: lambda watchdog, command: watchdog._links.kill(command.worker, hard=command.hard),
     e.Abandon: lambda watchdog, command: watchdog._links.abandon(command.worker, watchdog._core.mean_s()),

@@ -133,16 +133,28 @@ def leftovers_in(body: bytes) -> tuple[int, list[Left]]:
     return left
 
 
+class Where(NamedTuple):
+    """The head of a board: of which batch, how many of its parts were sent, does a task run, and so on."""
+
+    number: int
+    parts: int
+    runs: int
+    ended: int
+    asks: int
+
+
 class Board:
     """Memory that a worker shares with its parent, where it writes what each task of a batch came to, at no cost.
 
     So what is finished is not lost, and is not run again, if the worker dies before it has sent it.  A head: the
-    number of the batch, how many parts of it were sent, whether a task of it runs, and how many have ended since; then
-    what they came to, marshalled, one after another.  That is written first, the number last.
+    number of the batch, how many parts of it were sent, whether a task of it runs, how many have ended since, and how
+    often it has asked for the token; then what they came to, marshalled, one after another.  That is written first,
+    the number last.
     """
 
-    HEAD = Struct("<QQQQ")
+    HEAD = Struct("<QQQQQ")
     BYTES = 1 << 20
+    MOST_AT_ONCE = 1 << 14  # nearly always that is all
 
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
         """``read(size, at)``."""
@@ -150,15 +162,23 @@ class Board:
 
     def finished(self, number: int, parts: int) -> tuple[list[Any], bool] | None:
         """For the parent: what more tasks came to, and does another one run?  None: that is not told (any more)."""
-        before = self.HEAD.unpack(self._read(self.HEAD.size, 0))
-        if before[:2] != (number, parts):
-            return None
-        data = self._read(self.BYTES - self.HEAD.size, self.HEAD.size)
-        after = self.HEAD.unpack(self._read(self.HEAD.size, 0))
-        if after[:2] != (number, parts):
-            return None  # it has begun another one meanwhile, and its answer is on the way
-        file = BytesIO(data)
-        return [marshal.load(file) for _ in range(min(before[3], after[3]))], bool(after[2])
+        before = self.where()
+        most = self.BYTES - self.HEAD.size
+        for size in (self.MOST_AT_ONCE, most) if before[:2] == (number, parts) else ():
+            file = BytesIO(self._read(size, self.HEAD.size))
+            after = self.where()
+            if after[:2] != (number, parts):
+                break  # it has begun another one meanwhile, and its answer is on the way
+            try:
+                return [marshal.load(file) for _ in range(before.ended)], bool(after.runs)
+            except (EOFError, ValueError, TypeError):
+                if size == most:
+                    raise
+        return None
+
+    def where(self) -> Where:
+        """For the parent: how far is it?"""
+        return Where(*self.HEAD.unpack(self._read(self.HEAD.size, 0)))
 
 
 class FrameReader:
@@ -203,6 +223,11 @@ class FrameReader:
             at = end
         del buffer[:at]
         return found
+
+
+def token_of(number: int, asks: int) -> int:
+    """The number on the token for the rest of a batch, when its worker has asked for it so often."""
+    return (number << 20) + asks
 
 
 def encode_tickets(first: int, last: int) -> bytes:

@@ -284,8 +284,15 @@ class _Link:
         os.close(fd)
 
     def may_go_on(self, number: int) -> bool:
-        """Take the token for the rest of a batch.  False: the parent has it."""
-        return self.token is None or _os.take_token(self.token) == number
+        """Take the token for the rest of a batch, and put it there anew.  False: the parent has it."""
+        if self.token is None:
+            return True
+        journal = self.journal
+        if _os.take_token(self.token) != _wire.token_of(number, journal.asks):
+            return False
+        _os.put_token(self.token, _wire.token_of(number, journal.asks + 1))
+        journal.asked()
+        return True
 
     def is_to_exit(self) -> bool:
         """Never waits."""
@@ -432,7 +439,7 @@ def _run_batch(link: _Link, number: int, function: int | None, calls: Calls) -> 
     except BaseException as error:
         fn = _batches.refuse(_unreadable(error))
     if link.token is not None:
-        _os.put_token(link.token, number)
+        _os.put_token(link.token, _wire.token_of(number, 0))
     return _batches.run(
         link.journal,
         number,

@@ -48,13 +48,13 @@ if TYPE_CHECKING:
         def cancel(self, task: int, *, kill: bool = False, wait: bool = False, unsent: bool = False) -> None: ...
         def check(self) -> None: ...
         def deliver(self, job: Callable[[], object]) -> None: ...
-        def harvest(self, *, wait: bool) -> None: ...
         def is_fork(self) -> bool: ...
-        def look(self) -> None: ...
+        def look(self, *, wait: bool) -> None: ...
         def state_of(self, task: int) -> str: ...
 
 
 LOOK_AFTER_S = 1.0
+SHARED_FROM_S = 0.1  # a task with a shorter limit has a ticket of its own, for its begin is told then
 _DONE = (CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED)
 _OPEN = (PENDING, RUNNING)
 
@@ -83,7 +83,7 @@ class _Sync:
 class Kind:
     """What calls of one function under the same options have in common: a million futures share it."""
 
-    __slots__ = ("fn", "function", "has_record", "is_judged", "is_plain", "like", "name", "options")
+    __slots__ = ("fn", "function", "has_record", "is_judged", "is_plain", "like", "name", "options", "shares_ticket")
 
     def __init__(
         self, fn: Any, function: Function | None, name: str, options: TaskOptions, like: NewTask | None = None
@@ -96,6 +96,8 @@ class Kind:
         self.is_judged = options.retry is not None and like is None  # results, too, may be worth another attempt
         self.has_record = options.deadline is not None or options.retry is not None
         self.is_plain = options.timeout is None and options.deadline is None and options.retry is None
+        is_exact = options.timeout is None or options.timeout >= SHARED_FROM_S
+        self.shares_ticket = is_exact and options.deadline is None and not self.is_judged
 
 
 class SafeFuture(Future["Any"]):
@@ -150,7 +152,7 @@ class SafeFuture(Future["Any"]):
     def worker_pid(self) -> int | None:
         """Of the worker that runs it or last ran it, if one has begun it."""
         if self._pid is None and self._state == PENDING and self._sent:
-            self._home.look()
+            self._home.look(wait=True)
         return self._pid
 
     def _made_sync(self) -> _Sync:
@@ -205,6 +207,12 @@ class SafeFuture(Future["Any"]):
         """As a batch has many."""
         return (self._task,)
 
+    def nth(self, at: int) -> int:
+        return self._task
+
+    def one(self) -> SafeFuture:
+        return self
+
     # ------------------------------------------------------------- asking
 
     def result(self, timeout: float | None = None) -> Any:
@@ -226,7 +234,7 @@ class SafeFuture(Future["Any"]):
     def running(self) -> bool:
         """Does a worker run it now?  What was sent to a worker a moment ago is looked up there."""
         if self._state == PENDING and self._sent:
-            self._home.look()
+            self._home.look(wait=True)
         return self._state == RUNNING
 
     def done(self) -> bool:
@@ -398,6 +406,13 @@ class SafeFuture(Future["Any"]):
         with _brief:
             if self._state == PENDING:
                 self._state = RUNNING
+
+    def keep(self, answer: Answer) -> None:
+        """For whoever asks for it; with the record, if there may be another attempt."""
+        if self._kind.is_judged or (not answer.ok and self._kind.options.retry is not None):
+            self._made_record().answer = answer
+        else:
+            self._answer = answer
 
     def requeue(self) -> None:
         with _brief:

@@ -159,7 +159,7 @@ def test_a_board_that_is_read_all_the_time(pool: MakePool) -> None:
 
     def look() -> None:
         while not over.wait(0.0002):
-            executor._watchdog.harvest(wait=False)
+            executor._watchdog.look(wait=False)
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()

@@ -46,7 +46,9 @@ def test_by_default_nothing_is_tried_again(pool: MakePool, log: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "retry", [2, Retry(attempts=3), tenacity.Retrying(stop=tenacity.stop_after_attempt(3))], ids=repr
+    "retry",
+    [2, Retry(attempts=3), tenacity.Retrying(stop=tenacity.stop_after_attempt(3))],
+    ids=["number", "retry", "tenacity"],
 )
 def test_the_third_attempt_succeeds(pool: MakePool, log: Path, retry: Any) -> None:
     """Two failed attempts, then the result; the future tells of both."""
@@ -62,7 +64,7 @@ def test_the_third_attempt_succeeds(pool: MakePool, log: Path, retry: Any) -> No
 @pytest.mark.parametrize(
     "retry",
     [2, Retry(attempts=3), tenacity.Retrying(stop=tenacity.stop_after_attempt(3), reraise=True)],
-    ids=repr,
+    ids=["number", "retry", "tenacity"],
 )
 def test_the_last_error_tells_of_all_attempts(pool: MakePool, log: Path, retry: Any) -> None:
     """After the last attempt its error arrives, with all attempts on it, the earlier ones as notes too."""
@@ -160,7 +162,11 @@ def test_only_errors_that_are_named_are_tried_again(pool: MakePool, log: Path, e
 # --------------------------------------------------------------------- when
 
 
-@pytest.mark.parametrize("wait_s", [0.3, tenacity.wait_fixed(0.3), tenacity.wait_incrementing(0.3, 0)], ids=repr)
+@pytest.mark.parametrize(
+    "wait_s",
+    [0.3, tenacity.wait_fixed(0.3), tenacity.wait_incrementing(0.3, 0)],
+    ids=["seconds", "fixed", "incrementing"],
+)
 def test_a_policy_may_wait(pool: MakePool, log: Path, wait_s: Any) -> None:
     """Between two attempts the task waits so long, and its worker works for others."""
     executor = pool(1)
