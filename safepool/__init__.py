@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .leaving import leave_running as leave_running
     from .patching import patch as patch
     from .policy import Retry as Retry
+    from .telling import PoolEvent as PoolEvent
     from .waiting import as_completed as as_completed
     from .waiting import wait as wait
 
@@ -39,6 +40,7 @@ _PLACES = {
     "Leftover": "leaving",
     "PoisonTask": "errors",
     "PoolBroken": "errors",
+    "PoolEvent": "telling",
     "PoolTerminated": "errors",
     "ResultUnreadable": "errors",
     "Retry": "policy",

@@ -143,19 +143,17 @@ def run(
             BaseException.with_traceback(error, None)  # its frames hold the arguments
         told = tell(outcome)
         outcomes.append(outcome)
+        if perf_counter() - before >= shortest_s and not tidy_up(len(outcomes) - 1):
+            journal.stop()
+            return _wire.PART, perf_counter() - began, tell(outcomes), False
         if part == _wire.BIG_PART or not keep(told):
             send(Frame(part, number, perf_counter() - began, tell(outcomes)))
             outcomes = []
             journal.turn()
             began = perf_counter()
         now = perf_counter()
-        if now - before >= shortest_s:
-            if not tidy_up(len(outcomes) - 1):
-                journal.stop()
-                return _wire.PART, now - began, tell(outcomes), False
-            now = perf_counter()
-            if now - before >= SLOW_S and not may_go_on():
-                break
+        if now - before >= SLOW_S and not may_go_on():
+            break
         before = now
     return _wire.PLAIN, perf_counter() - began, tell(outcomes), True
 

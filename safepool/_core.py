@@ -277,6 +277,7 @@ class Core(Seats):
 
     def _finished(self, worker: Worker, event: e.Received) -> None:
         sent, done = worker.sent, list[int]()
+        worker.quiet_since = self._now
         finished: Sequence[int] = event.finished
         if len(finished) <= len(sent) and not (event.raised and self._like):
             heads = [sent.popleft() for _ in finished]
@@ -308,7 +309,8 @@ class Core(Seats):
                 self._unsettled -= 1
                 done.append(number)
             else:
-                self._attempt_failed(task, Failure("result" if task.ok else "error", worker.number))
+                why = Failure("result" if task.ok else "error", worker.number, ran_s=event.run_s)
+                self._attempt_failed(task, why)
         if done:
             self._out.append(e.Resolve(tuple(done)))
         self._failed_starts = self._idle_deaths = 0
@@ -402,7 +404,7 @@ class Core(Seats):
         """The task ends with its worker, which holds nothing else."""
         assert task.wish is not None
         self._move_task(task, T.DOOMED)
-        task.failure, task.wish = task.wish._replace(worker=worker.number), None
+        task.failure, task.wish = task.wish._replace(worker=worker.number, ran_s=worker.run_s(self._now)), None
         if worker.state is not W.KILLING:
             self._kill(worker, hard=not self._policy.grace, grace_s=self._policy.grace)
 
@@ -510,7 +512,7 @@ class Core(Seats):
         # A worker sends the answer of one task before it runs the next, so only one can have begun.
         # Scenario 6: (a) its task is doomed, with others behind it that it has tickets for, (b) it answers, too late,
         # and begins the next one, (c) the kill arrives.  Then both have, and neither may run again unasked.
-        sent = self._make_known(worker)
+        sent, ran_s = self._make_known(worker), worker.run_s(self._now)
         first = sent[0] if sent else None
         unbegun = set(event.unbegun)
         begun = [task for task in sent if task.state is T.DOOMED or task.new.task not in unbegun]
@@ -520,6 +522,7 @@ class Core(Seats):
         if begun:
             self._moved_at = self._now
             death = Failure("death", worker.number, event.exitcode, reason=worker.lost, peak_bytes=event.peak_bytes)
+            death = death._replace(ran_s=ran_s)
             for task in begun:
                 doom = task.failure if task.state is T.DOOMED else None
                 self._attempt_failed(task, doom or death)
@@ -587,8 +590,10 @@ class Core(Seats):
         self._cancel_waiting(spared=0)
         for worker in tuple(self._workers.values()):
             # What was sent may have begun: it ends as one whose worker was ended.
+            ran_s = worker.run_s(self._now)
             for task in tuple(self._make_known(worker)):
-                self._settle(task, Failure("terminated", worker.number))
+                self._settle(task, Failure("terminated", worker.number, ran_s=ran_s))
+                ran_s = 0.0
             self._empty(worker)
             if worker.state is not W.KILLING or event.hard:
                 self._kill(worker, hard=event.hard)

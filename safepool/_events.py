@@ -25,6 +25,19 @@ if TYPE_CHECKING:
         "broken",  # the pool cannot run anything
     ]
 
+#: For people: what happened to a task that ended so.
+WORDS = {
+    "error": "it raised",
+    "result": "its result was not accepted",
+    "timeout": "it took longer than its timeout",
+    "deadline": "it was not done at its deadline",
+    "death": "its worker died",
+    "poison": "too many workers died of it",
+    "cancelled": "it was cancelled",
+    "terminated": "the workers were ended",
+    "broken": "the pool is broken",
+}
+
 #: The ``reason`` of a "timeout": nothing in the pool had moved for too long.
 STALL = "stall"
 
@@ -39,6 +52,7 @@ class Failure(NamedTuple):
     deaths: int = 0
     reason: str = ""
     peak_bytes: int | None = None
+    ran_s: float = 0.0  # that the attempt had run, as far as it is known
 
 
 class NewTask(NamedTuple):

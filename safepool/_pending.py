@@ -38,6 +38,20 @@ class Pending:
     def add_stream(self, stream: Stream) -> None:
         self._streams.append(stream)
 
+    def one(self, task: int) -> SafeFuture | None:
+        """Its future, or what stands for an item; None: that is forgotten, for all of its stream are settled."""
+        stream = self._stream_of(task)
+        return self.futures.get(task) if stream is None else stream.item(task)
+
+    def taken_text(self, task: int) -> bytes:
+        """Of what it raised, as its worker told it."""
+        stream = self._stream_of(task)
+        if stream is not None:
+            return stream.texts.pop(task, b"") if stream.texts is not None else b""
+        future = self.futures.get(task)
+        answer = None if future is None else future.last_answer()
+        return b"" if answer is None else answer.text
+
     # ------------------------------------------------------------ on the way
 
     def claim(
@@ -111,8 +125,7 @@ class Pending:
             future.requeue()
 
     def note_leftovers(self, task: int, left: Sequence[Left], *, tell: bool = True) -> None:
-        stream = self._stream_of(task)
-        future = self.futures.get(task) if stream is None else stream.item(task)
+        future = self.one(task)
         if future is None or not left:
             return
         future.leftovers += tuple(Leftover(pid, command, str(future), gone) for pid, command, gone in left)

@@ -51,13 +51,17 @@ class Worker:
         self.kills = 0
         self.lost = ""  # what was wrong with its channel
         self.unfit = ""  # why its initializer failed
-        self.quiet_since = 0.0  # it has a task to begin since then, and has not said that it began
+        self.quiet_since = 0.0  # it has had its first task to do since then
         self.start_is_awaited = False  # a timer looks at that
 
     def number_at_head(self) -> int:
         """Of the task that it runs, or runs next."""
         head = self.sent[0]
         return head if isinstance(head, int) else head.new.task
+
+    def run_s(self, now: float) -> float:
+        """That its first task has run, in seconds; also if nobody has asked yet whether that has begun."""
+        return now - self.quiet_since if self.sent else 0.0
 
     def __repr__(self) -> str:
         return f"<worker {self.number} {self.state.value} has {len(self.sent)}{' begun' if self.begun else ''}>"

@@ -47,10 +47,10 @@ class Stream:
 
     __slots__ = (
         "_awaited", "_failure", "_has_failed", "_home", "_kind", "_payload", "calls", "first", "how", "is_shuffled",
-        "is_unwanted", "last", "left", "results",
+        "is_unwanted", "last", "left", "results", "texts",
     )  # fmt: skip
 
-    def __init__(self, home: Home, kind: Kind, calls: list[Any], how: int) -> None:
+    def __init__(self, home: Home, kind: Kind, calls: list[Any], how: int, *, is_observed: bool = False) -> None:
         """``calls``: the arguments of each; ``how``: ``ONE``, its only argument; ``CHUNK``: those of many make one."""
         self.calls = calls
         self.how = how
@@ -59,6 +59,7 @@ class Stream:
         self.left = len(calls)  # to be settled
         self.results: list[Any] = [absent] * len(calls)
         self.is_unwanted = False
+        self.texts: dict[int, bytes] | None = {} if is_observed else None  # of what items raised, until it is told
         self.is_shuffled = False  # some were taken back from a worker: the queue may have them in another order
         self._failure: tuple[object, BaseException] | None = None  # the last one, and its error
         self._has_failed = False  # some never came to an answer
@@ -204,8 +205,14 @@ class Items(Batch):
         return range(self.stream.first + start, self.stream.first + stop)
 
     def _store(self, start: int, outcomes: list[Any], pid: int) -> list[int]:
+        texts, raised = self.stream.texts, list[int]()
+        if texts is not None:
+            for task, outcome in enumerate(outcomes, self.stream.first + start):
+                if type(outcome) is tuple and not outcome[0]:
+                    texts[task] = text_and_body(outcome[1])[0]
+                    raised.append(task)
         self.stream.store(start, outcomes)
-        return []
+        return raised
 
 
 def emptied(values: list[Any]) -> Iterator[Any]:

@@ -6,19 +6,18 @@ A program that swallows the errors of its tasks and exits with 0 is told all the
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from . import _events as e
-from ._link import Answer
 from ._summary import COUNTS, MOST_TOLD
+from ._watchdog import Observed
 from ._words import words_of
 from .errors import _Facts
 from .future import SafeFuture
 
 LOCK_LIMIT_S = 1.0
-MEMBERS = "\n  +-+-"  # from here on a traceback tells those of a group
 #: Why an attempt was stopped, if it was running.
 STOPPED = ("timeout", "deadline", "cancelled", "terminated")
 
@@ -47,11 +46,11 @@ class Tally:
             finally:
                 self._lock.release()
 
-    def add_failure(self, future: SafeFuture, why: str) -> None:
-        """``why``: "" if it is on the future in a moment."""
+    def add_failure(self, future: SafeFuture | None, why: str) -> None:
+        """``why``: "" if it is on the future in a moment; None: an item of a ``map`` that is over."""
         self.add(failed=1)
         self._name_failures()
-        if len(self.failures) < MOST_TOLD:
+        if future is not None and len(self.failures) < MOST_TOLD:
             self._fresh.append((future, why))
 
     def _name_failures(self) -> None:
@@ -74,89 +73,68 @@ class PoolTally:
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
-        self._began: dict[int, float] = {}
+        self._asked: dict[int, float] = {}  # tasks whose retry policy is asked: what is lost if another attempt follows
         self._sent_home: set[int] = set()  # workers that end because the pool wants it (and not: that are lost already)
 
-    def saw(self, event: e.Event, commands: Sequence[e.Command], futures: Mapping[int, SafeFuture]) -> None:
+    def saw(self, event: e.Event, commands: Sequence[e.Command], pool: Observed) -> None:
         """``commands``: the core's answer to ``event``, not yet carried out."""
         for command in commands:
             kind = type(command)
-            if kind is e.Began:
-                self._began[command.task] = event.now  # type: ignore[union-attr]
-            elif kind is e.Resolve:
-                self._resolved(event.now, [futures[task] for task in command.tasks])  # type: ignore[union-attr]
+            if kind is e.Resolve:
+                self._resolved(event, command.tasks, pool)  # type: ignore[union-attr]
             elif kind is e.Fail:
-                self._failed(event.now, command, futures[command.task])  # type: ignore[arg-type, union-attr]
+                self._failed(command.task, command.failure, pool)  # type: ignore[union-attr]
             elif kind is e.Cancel:
                 self._tally.add(cancelled=len(command.tasks))  # type: ignore[union-attr]
-            elif kind is e.AskRetry and command.failure.kind != "result":  # type: ignore[union-attr]
-                self._attempt_ended(event.now, command.task, command.failure.kind)  # type: ignore[union-attr]
+            elif kind is e.AskRetry:
+                self._was_asked(command.task, command.failure)  # type: ignore[union-attr]
             elif (kind is e.Kill or kind is e.AskExit) and type(event) is not e.ChannelLost:
                 self._sent_home.add(command.worker)  # type: ignore[union-attr]
             elif kind is e.Requeue and type(event) is e.RetryAnswered:
-                self._attempt_ended(event.now, event.task, "result")
-                self._tally.add(retried=1)
+                self._tally.add(retried=1, seconds_lost=self._asked.pop(event.task, 0.0))
         if type(event) is e.WorkerDied:
             if event.worker not in self._sent_home:
                 self._tally.add(workers_lost=1)
             self._sent_home.discard(event.worker)
 
+    def round_ended(self, pool: Observed) -> None:
+        pass
+
     def unsent(self, future: SafeFuture, error: BaseException) -> None:
         """On the thread of whoever submitted it: the call could not be pickled."""
         self._tally.add_failure(future, words_of(error))
 
-    def _resolved(self, now: float, ended: list[SafeFuture]) -> None:
-        done = 0
-        for future in ended:
-            if _returned(future):
-                done += 1
-                self._began.pop(future._task, None)
-                continue
-            self._attempt_ended(now, future._task, "error")
-            self._tally.add_failure(future, _last_line(future))
-        if done:
-            self._tally.add(done=done)
+    def _resolved(self, event: e.Event, tasks: tuple[int, ...], pool: Observed) -> None:
+        failed = pool.failed_of(event, tasks)
+        self._tally.add(done=len(tasks) - len(failed))
+        for task in failed:
+            if self._asked.pop(task, None) is None and type(event) is e.Received:
+                self._tally.add(seconds_lost=event.run_s)
+            self._tally.add_failure(pool.one(task), pool.why_of(task) or e.WORDS["error"])
+        if self._asked:
+            for task in tasks:
+                self._asked.pop(task, None)
 
-    def _failed(self, now: float, command: e.Fail, future: SafeFuture) -> None:
-        self._attempt_ended(now, command.task, command.failure.kind)
-        if command.failure.kind == "cancelled":
+    def _was_asked(self, task: int, failure: e.Failure) -> None:
+        is_result = failure.kind == "result"
+        self._asked[task] = failure.ran_s if is_result else 0.0
+        if not is_result:
+            self._lost(failure)
+
+    def _failed(self, task: int, failure: e.Failure, pool: Observed) -> None:
+        if self._asked.pop(task, None) is None:
+            self._lost(failure)
+        if failure.kind == "cancelled":
             self._tally.add(cancelled=1)
         else:
-            self._tally.add_failure(future, "")
+            future = pool.one(task)
+            self._tally.add_failure(future, "" if type(future) is SafeFuture else e.WORDS[failure.kind])
 
-    def _attempt_ended(self, now: float, task: int, why: str) -> None:
-        """It came to nothing."""
-        began = self._began.pop(task, None)
-        if began is not None:
-            self._tally.add(seconds_lost=now - began, killed=int(why in STOPPED))
+    def _lost(self, failure: e.Failure) -> None:
+        """An attempt came to nothing."""
+        self._tally.add(seconds_lost=failure.ran_s, killed=int(failure.ran_s > 0 and failure.kind in STOPPED))
 
 
 def _words_of(error: BaseException | None) -> str:
     """The methods of an error of the user's must not be called here."""
     return f"{type(error).__name__}: {error}" if issubclass(type(error), _Facts) else type(error).__name__
-
-
-def _returned(future: SafeFuture) -> bool:
-    record = future._record
-    answer = _answer_of(future)
-    return (record is None or record.error is None) and (answer is None or answer.ok)
-
-
-def _answer_of(future: SafeFuture) -> Answer | None:
-    record = future._record
-    return future._answer if record is None or record.answer is None else record.answer
-
-
-def _last_line(future: SafeFuture) -> str:
-    """Of the traceback that the worker sent: the type and the message of the error, or its first line."""
-    record = future._record
-    if future.attempts:
-        return future.attempts[-1]._words
-    answer = _answer_of(future)
-    if answer is None or (record is not None and record.error is not None):
-        return ""
-    text = answer.text.decode(errors="replace").partition(MEMBERS)[0]
-    lines = [line.removeprefix("  | ") for line in text.splitlines()]
-    frames = [at for at, line in enumerate(lines) if line.startswith("  File ")]
-    after = lines[frames[-1] + 1 :] if frames else lines
-    return next((line for line in after if line[:1] not in ("", " ")), "it raised")

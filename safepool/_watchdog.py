@@ -18,7 +18,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from time import monotonic, sleep
 from typing import Any, Protocol
@@ -35,6 +35,7 @@ from ._log import CRITICAL
 from ._pending import Pending, Work, refuse
 from ._side import Side, tell_aside
 from ._stream import Stream
+from ._words import last_line
 from ._worker import Setup
 from .errors import PoolBroken
 from .future import SafeFuture
@@ -54,11 +55,47 @@ CALLER_SLICE_S = 0.0001
 class Observer(Protocol):
     """Sees what happens, and changes nothing."""
 
-    def saw(self, event: e.Event, commands: Sequence[e.Command], futures: Mapping[int, SafeFuture]) -> None:
+    def saw(self, event: e.Event, commands: Sequence[e.Command], pool: Observed) -> None:
         """``commands``: the core's answer to ``event``, not yet carried out.  On the watchdog: must not block."""
+
+    def round_ended(self, pool: Observed) -> None:
+        """All commands of some events were carried out.  As above."""
 
     def unsent(self, future: SafeFuture, error: BaseException) -> None:
         """A call could not be pickled; on the thread of whoever submitted it."""
+
+
+class Observed:
+    """What an observer may ask of a pool, on its watchdog."""
+
+    def __init__(self, pending: Pending, links: Links, deliver: Callable[[Callable[[], object]], None]) -> None:
+        self._pending = pending
+        self._links = links
+        self.deliver = deliver
+        self.one = pending.one  # the future of a task, or what stands for it
+
+    def pid_of(self, worker: int) -> int | None:
+        return self._links.pids.get(worker)
+
+    def failed_of(self, event: e.Event, tasks: tuple[int, ...]) -> list[int]:
+        """Those of ``tasks`` that did not return, though their workers answered; ``event`` has settled them."""
+        if type(event) is e.Received:
+            return [task for task in tasks if task in event.raised] if event.raised else []
+        return [task for task in tasks if (future := self.one(task)) is not None and not _has_returned(future)]
+
+    def text_of(self, task: int) -> str:
+        """Of what its last attempt raised, in a line; "" if its worker does not tell."""
+        return last_line(self._pending.taken_text(task))
+
+    def why_of(self, task: int) -> str:
+        """The same, of a task that has failed."""
+        future = self.one(task)
+        return future.attempts[-1]._words if future is not None and future.attempts else self.text_of(task)
+
+
+def _has_returned(future: SafeFuture) -> bool:
+    answer = future.last_answer()
+    return (future._record is None or future._record.error is None) and (answer is None or answer.ok)
 
 
 _process = object()  # another one in each fork
@@ -89,7 +126,7 @@ class Watchdog:
         name: str,
         *,
         core: Core | None = None,
-        observer: Observer | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.name = name
         self.processes = Processes()  # pid -> multiprocessing's process, alive or not yet buried
@@ -100,7 +137,7 @@ class Watchdog:
         self._launcher = launcher
         self._setup = setup
         self._core = Core(policy) if core is None else core
-        self.observer = observer
+        self.observers = tuple(observers)
         self._pid = os.getpid()
         self._process = _process
         self._side = Side(f"{name}-callbacks")
@@ -118,7 +155,8 @@ class Watchdog:
         self._events: deque[e.Event] = deque()
         self._pending = Pending()
         self._links = Links(self._events, self._pending, self.processes)
-        self._always_told = not policy.take_back or policy.stall_timeout is not None or observer is not None
+        self._observed = Observed(self._pending, self._links, self.deliver)
+        self._always_told = not policy.take_back or policy.stall_timeout is not None
         self._store: _bulk.Store | None = None  # for big arguments, once there was one
         self._trim_at: float | None = None  # when to give back what it keeps
         self.event_log: deque[str | e.Event] = deque(maxlen=EVENTS_KEPT)
@@ -392,6 +430,8 @@ class Watchdog:
             self._drain()
         if self._store is not None:
             self._trim(now)
+        for observer in self.observers:
+            observer.round_ended(self._observed)
         if self._batch_done:
             for answered in self._batch_done:
                 answered.set()
@@ -490,8 +530,8 @@ class Watchdog:
             event = self._events.popleft()
             self.event_log.append(_for_the_log(event))
             commands = self._core.handle(event)
-            if self.observer is not None:
-                self.observer.saw(event, commands, self._pending.futures)
+            for observer in self.observers:
+                observer.saw(event, commands, self._observed)
             for command in commands:
                 _ACTS[type(command)](self, command)
         if self._links.writing:

@@ -6,6 +6,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+MEMBERS = "\n  +-+-"  # from here on a traceback tells those of a group
+
 
 def exact(text: str) -> str:
     """The same characters in a ``str`` of the interpreter's own: a subclass may do anything when it is formatted."""
@@ -52,3 +54,12 @@ def safe_repr(error: BaseException | None) -> str:
         return exact(repr(error))
     except BaseException:
         return f"{type(error).__name__} (it cannot be shown)"
+
+
+def last_line(traceback: bytes) -> str:
+    """Of one that a worker sent: the type and the message of the error, or its first line; "" of none."""
+    text = traceback.decode(errors="replace").partition(MEMBERS)[0]
+    lines = [line.removeprefix("  | ") for line in text.splitlines()]
+    frames = [at for at, line in enumerate(lines) if line.startswith("  File ")]
+    after = lines[frames[-1] + 1 :] if frames else lines
+    return next((line for line in after if line[:1] not in ("", " ")), "")

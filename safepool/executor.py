@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from ._watchdog import Observer
     from .policy import Isolation, OnLeftovers, OnWorkerDeath
+    from .telling import PoolEvent
 
 STREAM_FROM = 4  # items for each worker: so many are worth it
 _tasks = itertools.count(1)
@@ -159,6 +160,8 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
       ``future.kill()``; 0, the default, is SIGKILL at once, and limits are exact;
     * ``stacks``: a worker is asked what its threads are doing before it is killed, at a limit, say, for at most 50 ms;
       it is a note on the error, and ``future.stacks``.  ``dump_stacks`` asks all workers at any time;
+    * ``on_event``: is called with a ``PoolEvent`` of what becomes of tasks and workers, on the thread that calls
+      the callbacks of futures; what it raises is logged.  For progress, say: it tells what is done;
     * ``name``: for threads, processes and messages.
 
     ``mp_context=None`` forks workers from a small process of safepool's own, the keeper, never from this one;
@@ -185,6 +188,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         preload: Iterable[str] | None = None,
         stacks: bool = False,
         grace: float = 0.0,
+        on_event: Callable[[PoolEvent], object] | None = None,
         name: str | None = None,
     ) -> None:
         process._check_system_limits()
@@ -221,7 +225,9 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         self._shutdown_thread = False
         self._lock = threading.RLock()  # the garbage collector may run a finalizer that submits
         setup = Setup(initializer, tuple(initargs), workers)
-        self._watchdog = Watchdog(policy, launcher, setup, name, observer=self._make_observer())
+        if not (on_event is None or callable(on_event)):
+            raise TypeError(f"on_event must be callable or None; got {on_event!r}")
+        self._watchdog = Watchdog(policy, launcher, setup, name, observers=self._observers(on_event))
         # Dropped without shutdown: what was submitted is finished, then everything ends.
         self._dropped = weakref.finalize(self, self._watchdog.shutdown, cancel=False)
         self._dropped.atexit = False
@@ -229,8 +235,12 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
     _future_class = SafeFuture
     _finishes_at_exit = True
 
-    def _make_observer(self) -> Observer | None:
-        return None
+    def _observers(self, on_event: Callable[[PoolEvent], object] | None) -> list[Observer]:
+        if on_event is None:
+            return []
+        from .telling import Teller
+
+        return [Teller(on_event)]
 
     def _pool(self) -> SafePoolExecutor:
         return self
@@ -290,12 +300,12 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
             raise  # more likely the user's than the argument's
         except BaseException as error:
             _fail_unsent(future, error)
-            if watchdog.observer is not None:
-                watchdog.observer.unsent(future, error)
+            for observer in watchdog.observers:
+                observer.unsent(future, error)
         return future
 
     def _has_streams(self) -> bool:
-        return self._watchdog.observer is None and "board" in _os.CAPABILITIES
+        return "board" in _os.CAPABILITIES
 
     def _stream(self, options: TaskOptions, fn: Callable[..., Any], calls: list[Any], how: int) -> Stream | None:
         """For items, or chunks, that are plain, and so can travel by the hundred; None: here, or so few, should not.
@@ -308,7 +318,7 @@ class SafePoolExecutor(_Submitter, process.ProcessPoolExecutor):
         kind = self._kind_of(fn, options)
         if not kind.is_plain or kind.function is None:
             return None
-        stream = Stream(self._watchdog, kind, calls, how)
+        stream = Stream(self._watchdog, kind, calls, how, is_observed=bool(self._watchdog.observers))
         self._begin(stream)
         return stream
 

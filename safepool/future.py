@@ -407,6 +407,11 @@ class SafeFuture(Future["Any"]):
             if self._state == PENDING:
                 self._state = RUNNING
 
+    def last_answer(self) -> Answer | None:
+        """Of its last attempt, if that came to one that nobody has asked for."""
+        record = self._record
+        return self._answer if record is None or record.answer is None else record.answer
+
     def keep(self, answer: Answer) -> None:
         """For whoever asks for it; with the record, if there may be another attempt."""
         if self._kind.is_judged or (not answer.ok and self._kind.options.retry is not None):

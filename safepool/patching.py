@@ -179,8 +179,8 @@ def _class_with(policy: dict[str, Any], context: Any, tally: Tally) -> type[Safe
                 mp_context = _fork_if_need_be(Setup(initializer, initargs))
             super().__init__(max_workers, mp_context, initializer, initargs, **{**more, **policy})
 
-        def _make_observer(self) -> Any:
-            return tally.pool()
+        def _observers(self, on_event: Any) -> list[Any]:
+            return [*super()._observers(on_event), tally.pool()]
 
     ProcessPoolExecutor.__module__ = process.__name__
     ProcessPoolExecutor.__qualname__ = "ProcessPoolExecutor"
