@@ -493,8 +493,9 @@ class Watchdog:
             item = mailbox.popleft()
             if isinstance(item, SafeFuture):
                 task, payload = item._task, item._payload
-                if payload is None:
-                    continue  # cancelled meanwhile
+                if payload is None:  # cancelled meanwhile, and the core need not know
+                    self._tell_observers(e.CancelRequested(monotonic(), task, unsent=True), (e.Cancel((task,)),))
+                    continue
                 futures[task] = item
                 kind = item._kind
                 new = task if type(payload) is tuple and kind.is_plain else as_task(item, payload)
@@ -524,14 +525,17 @@ class Watchdog:
             self._events.append(e.TasksSubmitted(monotonic(), tuple(fresh), plain, like))
             fresh.clear()
 
+    def _tell_observers(self, event: e.Event, commands: Sequence[e.Command]) -> None:
+        for observer in self.observers:
+            observer.saw(event, commands, self._observed)
+
     def _drain(self) -> None:
         """Hand events to the core and carry out its commands until there are none; then write."""
         while self._events:
             event = self._events.popleft()
             self.event_log.append(_for_the_log(event))
             commands = self._core.handle(event)
-            for observer in self.observers:
-                observer.saw(event, commands, self._observed)
+            self._tell_observers(event, commands)
             for command in commands:
                 _ACTS[type(command)](self, command)
         if self._links.writing:

@@ -81,9 +81,37 @@ def _census(scratch: Path) -> set[tuple[str, str]]:
     found |= {("thread", f"{thread.name} ({thread.ident})") for thread in threading.enumerate()}
     found |= {("descriptor", words) for words in _descriptors()}
     found |= {("temporary file", path.name) for path in scratch.iterdir()}
-    if SHARED.is_dir():
-        found |= {("shared memory", path.name) for path in SHARED.iterdir() if path.name.startswith(OURS_IN_SHARED)}
+    if not IS_ONE_OF_SEVERAL:
+        found |= {("shared memory", name) for name in _shared_memory()}
     return found
+
+
+def _shared_memory() -> set[str]:
+    names = {path.name for path in SHARED.iterdir()} if SHARED.is_dir() else set()
+    return {name for name in names if name.startswith(OURS_IN_SHARED)}
+
+
+# Shared memory has no owner whom one could ask: where several processes run tests (pytest -n), what another one has
+# cannot be told from what this one left.  Then it is looked at when all have ended.
+
+IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
+before_all = pytest.StashKey[set[str]]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[before_all] = _shared_memory()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if IS_ONE_OF_SEVERAL:
+        return
+    end = monotonic() + GONE_S
+    while (left := _shared_memory() - session.config.stash[before_all]) and monotonic() < end:
+        sleep(0.02)
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\nERROR: left in {SHARED} when all tests had ended: {', '.join(sorted(left))}")
 
 
 def _family() -> list[psutil.Process]:
