@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -132,9 +131,9 @@ def features(name: str, workers: int, count: int) -> Figures:
     from safepool import Retry, SafePoolExecutor
 
     assert name == OURS
-    options: dict[str, dict[str, Any]] = {"plain": {}, "timeout": {"timeout": 60.0}, "retry": {"retry": Retry(3)}}
-    if "on_event" in inspect.signature(SafePoolExecutor).parameters:
-        options["on_event"] = {"on_event": _ignore}
+    options: dict[str, dict[str, Any]] = {
+        "plain": {}, "timeout": {"timeout": 60.0}, "retry": {"retry": Retry(3)}, "on_event": {"on_event": _ignore},
+    }  # fmt: skip
     found: dict[str, list[Figures]] = {option: [] for option in options}
     for option in in_turns(list(options), PASSES):
         pool = ExecutorPool(SafePoolExecutor(workers, **options[option]))

@@ -174,6 +174,8 @@ class Pending:
             return  # its stream has all it wanted
         future = self.futures[task]
         record = future._record
+        if failure.ran_s and future._pid is None:
+            future._pid = pid  # it died, or was ended, before anybody had asked whether it has begun
         if failure.kind == "cancelled":
             future.cancelled_by_pool()
         elif record is not None and record.error is not None and failure.kind in ("death", "timeout"):

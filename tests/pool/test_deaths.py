@@ -324,3 +324,11 @@ def test_a_task_that_kills_its_workers_is_put_in_quarantine(pool: MakePool, tmp_
     assert len(set(tasks.noted(log))) == 3
     assert [future.result(LIMIT_S) for future in others] == list(range(50))
     assert is_usable(executor)
+
+
+def test_who_ran_it_is_known_at_once(pool: MakePool) -> None:
+    """Of a task that ends with its worker before anybody has asked whether it has begun."""
+    future = pool(1).submit(os._exit, 3)
+    error = error_of(future)
+    assert type(error) is WorkerDied
+    assert future.worker_pid == error.pid
