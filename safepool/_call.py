@@ -68,7 +68,7 @@ def as_task(future: SafeFuture, payload: Payload | tuple[Any, ...]) -> e.NewTask
     """What the core has to know of it; its number, if that is all but for what is the same for all of its kind."""
     kind = future._kind
     size = payload.size_bytes() if isinstance(payload, Payload) else 0
-    if size <= PLAIN_BYTES and (kind.is_plain or kind.like is not None):
+    if size <= PLAIN_BYTES and kind.is_alike:
         return future._task
     options = kind.options
     deadline = None if options.deadline is None else future._submitted + options.deadline

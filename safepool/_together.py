@@ -48,8 +48,9 @@ class Batch:
 
     @property
     def _task(self) -> int:
-        """Of the task that is the next to be answered."""
-        return self._numbers(self.start, self.start + 1)[0]
+        """Of the task that is the next to be answered; of the last one, if all are known already."""
+        at = min(self.start, self.stop - 1)
+        return self._numbers(at, at + 1)[0]
 
     def tasks(self) -> Sequence[int]:
         return self._numbers(self.start, self.stop)

@@ -498,7 +498,7 @@ class Watchdog:
                     continue
                 futures[task] = item
                 kind = item._kind
-                new = task if type(payload) is tuple and kind.is_plain else as_task(item, payload)
+                new = task if type(payload) is tuple and kind.is_alike else as_task(item, payload)
                 if type(new) is int and kind.like is not like:
                     self._hand_on(fresh, like)
                     like = kind.like

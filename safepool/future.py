@@ -83,7 +83,9 @@ class _Sync:
 class Kind:
     """What calls of one function under the same options have in common: a million futures share it."""
 
-    __slots__ = ("fn", "function", "has_record", "is_judged", "is_plain", "like", "name", "options", "shares_ticket")
+    __slots__ = (
+        "fn", "function", "has_record", "is_alike", "is_judged", "is_plain", "like", "name", "options", "shares_ticket",
+    )  # fmt: skip
 
     def __init__(
         self, fn: Any, function: Function | None, name: str, options: TaskOptions, like: NewTask | None = None
@@ -96,6 +98,7 @@ class Kind:
         self.is_judged = options.retry is not None and like is None  # results, too, may be worth another attempt
         self.has_record = options.deadline is not None or options.retry is not None
         self.is_plain = options.timeout is None and options.deadline is None and options.retry is None
+        self.is_alike = self.is_plain or like is not None  # the core knows the same of each, or nothing
         is_exact = options.timeout is None or options.timeout >= SHARED_FROM_S
         self.shares_ticket = is_exact and options.deadline is None and not self.is_judged
 

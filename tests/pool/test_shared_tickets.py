@@ -271,6 +271,17 @@ def test_a_result_that_was_dropped_is_not_kept(pool: MakePool, tmp_path: Path) -
     wait(futures, LIMIT_S)
 
 
+def test_a_worker_that_dies_when_all_are_known_and_none_is_told(pool: MakePool) -> None:
+    """What is left of its batch names a task that was in it."""
+    executor = pool(1)
+    futures = [executor.submit(abs, n) for n in range(3)]
+    batch = _together.Futures(list(futures))
+    assert list(batch.take_early([0, 1, 2], 1, [])) == [future._task for future in futures]
+    assert batch._task == futures[2]._task
+    assert list(batch.tasks()) == []
+    assert batch.one() is None
+
+
 def _never(error: BaseException) -> bytes:
     raise AssertionError from error
 
