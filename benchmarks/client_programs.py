@@ -98,6 +98,7 @@ def run_scipy(folder: Path, scale: int) -> Any:
 
     with ProcessPoolExecutor(WORKERS) as pool:
         options = {"seed": 1, "maxiter": 4 * scale, "popsize": 5, "updating": "deferred", "polish": False}
+        options |= {"tol": 0, "atol": -1}  # all generations, however near it is
         found = differential_evolution(_valley, [(-2, 2)] * 3, workers=pool.map, **options)
     return found.x.tolist(), found.nfev
 
@@ -165,16 +166,16 @@ PROGRAMS = {
 }
 #: With this scale each takes twenty or thirty seconds, where real runs take minutes or hours.
 LONG = {
-    "black": 10,
-    "pylint": 20,
-    "dask": 140,
-    "tqdm": 200,
-    "scipy": 180,
-    "emcee": 55,
-    "adaptive": 150,
-    "sklearn": 40,
-    "asyncio": 200,
-    "map": 200,
+    "black": 20,
+    "pylint": 40,
+    "dask": 280,
+    "tqdm": 400,
+    "scipy": 250,
+    "emcee": 110,
+    "adaptive": 300,
+    "sklearn": 80,
+    "asyncio": 400,
+    "map": 400,
 }
 #: What their workers need and take long to import: a user would have it preloaded.
 PRELOAD = {name: name for name in ("black", "pylint", "dask", "emcee", "adaptive")} | {"scipy": "scipy.optimize"}

@@ -438,13 +438,15 @@ def _look_for_abandoned() -> None:
 def _end_abandoned() -> None:
     """What an earlier program of this user has left that was killed together with its keeper."""
     sleep(ABANDONED_AFTER_S)
-    for entry, found in _sweeping.end_abandoned(SWEEP_LIMIT_S):
-        words = (
-            f"{pid} ({command}), {'ended' if allowed else 'which belongs to another user and goes on'}"
-            for pid, (command, allowed) in found.items()
-        )
-        whose = f"{entry.facts.get('user')} ({entry.facts.get('command')})"
-        tell(WARNING, "safepool: process %s was killed together with its keeper and left: %s", whose, "; ".join(words))
+    with suppress(OSError):  # the program has no descriptor left for it: then its next one does it
+        for entry, found in _sweeping.end_abandoned(SWEEP_LIMIT_S):
+            words = (
+                f"{pid} ({command}), {'ended' if allowed else 'which belongs to another user and goes on'}"
+                for pid, (command, allowed) in found.items()
+            )
+            whose = f"{entry.facts.get('user')} ({entry.facts.get('command')})"
+            message = "safepool: process %s was killed together with its keeper and left: %s"
+            tell(WARNING, message, whose, "; ".join(words))
 
 
 class Fork(NamedTuple):

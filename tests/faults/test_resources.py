@@ -29,6 +29,30 @@ OTHERS = (pytest.param("fork", marks=pytest.mark.slow), SLOW_SPAWN)
 
 # -------------------------------------------------- descriptors and processes
 
+NO_DESCRIPTOR = """
+import os, resource, time
+from safepool import SafePoolExecutor
+
+with SafePoolExecutor(1) as pool:
+    pool.submit(abs, 1).result(20)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    held = []
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+    time.sleep(1.0)  # what an earlier program left is looked for meanwhile
+print("all well")
+"""
+
+
+def test_a_program_without_a_descriptor_is_told_nothing(tmp_path: Path) -> None:
+    """What is done beside its work, and cannot be done now, is nobody's trouble."""
+    done = run_script(tmp_path / "script.py", NO_DESCRIPTOR)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "all well\n", "")
+
+
 DESCRIPTORS = """
 import multiprocessing, os, resource, sys, time
 from safepool import SafePoolExecutor
