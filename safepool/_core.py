@@ -44,10 +44,7 @@ class Core(Seats):
     def __init__(self, policy: PoolPolicy) -> None:
         super().__init__(policy)
         self._broken_by: Failure | None = None
-        self._failed_starts = 0
         self._short_since: float | None = None  # starts are refused, and a task waits, since then
-        self._idle_deaths = 0  # in a row, without a finished task between them
-        self._moved_at = 0.0  # a task began or ended, or a worker got ready
         self._stall_is_watched = False
 
     # ------------------------------------------------------------------ face
@@ -266,7 +263,6 @@ class Core(Seats):
         if worker is None or worker.state not in (W.BUSY, W.KILLING):
             return
         if event.finished:
-            self._moved_at = self._now
             self._finished(worker, event)
         if event.begun is not None:
             self._task_began(worker, event.begun)
@@ -313,10 +309,7 @@ class Core(Seats):
                 self._attempt_failed(task, why)
         if done:
             self._out.append(e.Resolve(tuple(done)))
-        self._failed_starts = self._idle_deaths = 0
-        # Quick to believe that tasks are long, slow to believe that they are short.
-        mean = self._mean_s
-        self._mean_s = event.run_s if mean is None else max(event.run_s, 0.8 * mean + 0.2 * event.run_s)
+        self._note_answers(event.run_s)
 
     def _after_answers(self, worker: Worker) -> None:
         if worker.sent and not worker.begun:
@@ -652,6 +645,7 @@ _HANDLERS: dict[type, str] = {
     e.SentDirectly: "_on_sent_directly",
     e.RangeCancelled: "_on_range_cancelled",
     e.WorkerWanted: "_on_wanted",
+    e.AnsweredDirectly: "_on_answered_directly",
     e.CancelRequested: "_on_cancel",
     e.WorkerBooted: "_on_booted",
     e.WorkerReady: "_on_ready",

@@ -89,6 +89,18 @@ class SentDirectly(NamedTuple):
     task: int
 
 
+class AnsweredDirectly(NamedTuple):
+    """Callers have sent ``results`` plain tasks to a lent worker, one after another, and had the results themselves.
+
+    ``run_s``: their mean run time, in seconds.
+    """
+
+    now: float
+    worker: int
+    results: int
+    run_s: float
+
+
 class CancelRequested(NamedTuple):
     """A user cancelled the task; with ``kill`` also if it is running.  ``unsent``: it is in the queue, surely."""
 
@@ -220,6 +232,7 @@ class Ticked(NamedTuple):
 Event = (
     TasksSubmitted
     | SentDirectly
+    | AnsweredDirectly
     | CancelRequested
     | RangeCancelled
     | WorkerWanted

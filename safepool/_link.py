@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import itertools
+import select
 import socket
 import struct
+import threading
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
@@ -73,61 +75,194 @@ class Seen(NamedTuple):
     begun: int | None  # the task that runs
 
 
+class Loans:
+    """What all loans of one pool have in common: the lock, and how a caller is called away from hearing a worker."""
+
+    def __init__(self, selector: Any, bell: _os.End | None) -> None:
+        """``bell``: None if callers cannot hear workers here."""
+        self.lock = threading.RLock()  # held for a few lines; the garbage collector may run a user's finalizer in them
+        self.selector = selector
+        self.bell = bell
+        self.rung_for: tuple[Loan, ...] = ()
+
+    def can_hear(self) -> bool:
+        """Nobody is on his way back from a loan that was called in."""
+        if self.bell is None:
+            return False
+        if self.rung_for and all(loan.is_left for loan in self.rung_for):
+            self.rung_for = ()
+            _os.take_token(self.bell)
+        return not self.rung_for
+
+    def call_in(self, loans: tuple[Loan, ...]) -> None:
+        """From here on no caller touches the worker of one of these, but for what he is writing to it."""
+        with self.lock:
+            for loan in loans:
+                loan.is_called_in = True
+                loan.takers.append(None)
+                if loan.is_heard:
+                    self.resume(loan.answers)
+            heard = tuple(loan for loan in loans if not loan.is_left)
+            if heard and self.bell is not None:
+                self.rung_for += heard
+                _os.put_token(self.bell, 1)
+
+    def resume(self, fd: int) -> None:
+        try:  # noqa: SIM105  (this is the hottest path of who waits for one task at a time)
+            self.selector.resume(fd)
+        except OSError:
+            pass  # its worker is gone
+
+
 class Loan:
-    """An idle worker that one caller may send a plain task to, without asking anybody; and what came of that.
+    """An idle worker that a caller may send a plain task to, without asking anybody; and what came of that.
 
     The first on the list of takers has it; whoever ends the loan puts None there.  All that is to be known of the
     worker is here in advance, so the caller changes nothing but this.
 
     Scenario 1: (a) a caller takes a worker, (b) a signal handler of the user's raises, (c) nobody knows who has it.
     But the list says so, and ``written`` whether all was sent: ``map`` has no lines between which a handler could run.
+
+    Who has it may also hear the answer, while the watchdog sleeps: then nobody else need be woken for it, and the next
+    caller finds the worker idle.
+
+    Scenario 2: (a) a caller hears a worker, (b) the watchdog wakes, for another task, say.  It calls the loan in: what
+    was read is its, with all that follows, and it rings for the caller to come back and wait as everybody does.
+
+    Scenario 3: (a) a caller has the watchdog not listen to a worker, (b) a signal handler of the user's raises, where
+    it likes.  While there are loans the watchdog sleeps for a second at most, and then it calls them in.
     """
 
-    __slots__ = ("_fds", "_known", "is_over", "number", "takers", "to_close", "worker", "written")
+    __slots__ = (
+        "_known", "_loans", "_poll", "answers", "count", "fds", "heard", "is_called_in", "is_heard", "is_left",
+        "is_over", "number", "pid", "takers", "to_close", "total_s", "worker", "written",
+    )  # fmt: skip
 
-    def __init__(self, worker: int, number: int, known: set[int], fds: tuple[int, int]) -> None:
-        self.worker = worker
+    def __init__(self, link: Link, number: int, fds: tuple[int, int], loans: Loans) -> None:
+        self.worker = link.worker
+        self.pid = link.process.pid
         self.number = number
         self.takers: list[SafeFuture | None] = []
         self.written: list[int] = []  # what ``os.write`` said, of the ticket and of the call
-        self.is_over = False  # the caller will not touch the worker any more
+        self.is_over = False  # the caller will not write to the worker any more
         self.to_close: list[socket.socket | _os.End] = []  # when it is over
-        self._known = known
-        self._fds = fds
+        self.answers = link.answers_fileno()
+        self.heard: list[bytes] = []  # what a caller has read
+        self.is_heard = False  # a caller does, or did, and the watchdog may not listen
+        self.is_left = True  # nobody waits for the worker's answer
+        self.is_called_in = False
+        self.count = 0  # tasks that callers have had the results of
+        self.total_s = 0.0  # that they have run
+        self.fds = fds
+        self._known = link.known
+        self._loans = loans
+        self._poll: Any = None
 
     def take(self, future: SafeFuture) -> bool:
         """Send it, if nobody was faster.  False: nothing has happened."""
-        function = future._kind.function
-        assert function is not None
-        data = _wire.encode_calls(self.number, function.number, False, [future._payload])
-        if function.number not in self._known:
-            data = _wire.encode(Frame(_wire.FUNCTION, function.number, body=function.data)) + data
+        number, data = self.number, self._call(future)
         if len(data) > MOST_DIRECT_BYTES:
             return False
-        ticket = _wire.encode_tickets(self.number, self.number)
         try:
             self.takers.append(future)
-            if self.takers[0] is not future:
+            if not self.is_of(future):
                 return False
-            self.written.extend(map(_os.write, self._fds, (ticket, data)))
+            if number != self.number:  # another caller has had it, and is done, since
+                number, data = self.number, self._call(future)
+            self.written.extend(map(_os.write, self.fds, (_wire.encode_tickets(number, number), data)))
         except OSError:
             pass  # the worker has just died
         finally:
-            if self.takers and self.takers[0] is future:
+            if self.is_of(future):
                 self.is_over = True
                 for end in self.to_close:
                     end.close()
         return True
 
+    def _call(self, future: SafeFuture) -> bytes:
+        function = future._kind.function
+        assert function is not None
+        data = _wire.encode_calls(self.number, function.number, False, [future._payload])
+        if function.number not in self._known:
+            data = _wire.encode(Frame(_wire.FUNCTION, function.number, body=function.data)) + data
+        return data
+
+    def is_of(self, future: SafeFuture) -> bool:
+        try:
+            return self.takers[0] is future
+        except IndexError:  # (it may be lent again between a look at its length and one at the first)
+            return False
+
     def is_taken(self) -> bool:
         return bool(self.takers) and self.takers[0] is not None
 
     def is_complete(self) -> bool:
-        return len(self.written) == len(self._fds)
+        return len(self.written) == len(self.fds)
 
     def forget(self) -> None:
         """Who had it, once all was sent: a busy worker is not to keep a future alive that its user has dropped."""
         self.takers[:] = [None]  # (whoever comes now finds that he is not the first)
+
+    # ------------------------------------------------- who hears the answer
+
+    def hear(self, future: SafeFuture, limit_s: float) -> bool:
+        """On the thread of who has it: wait for the answer; False: it is to be waited for as always.
+
+        The future is done then, and the worker may be lent to the next caller.  Raises nothing of its own.
+        """
+        is_done, lock = False, self._loans.lock
+        try:
+            with lock:
+                if self.is_called_in or self.is_heard or not self.is_of(future) or not self.is_complete():
+                    return False
+                self.is_heard, self.is_left = True, False
+                self._loans.selector.pause(self.answers)
+            self._wait(limit_s)
+            with lock:
+                if not self.is_called_in:
+                    self.heard.extend(map(_os.read, (self.answers,), (_wire.READ_BYTES,)))
+            told = _wire.result_in(b"".join(self.heard), self.number)
+            is_done = told is not None and self._settle(future, *told)
+        except (OSError, ValueError, TypeError, EOFError, KeyError):
+            pass  # it was rung for, or is late, or a task has written there: the watchdog finds out
+        finally:
+            with lock:
+                if not self.is_called_in:
+                    if is_done and told is not None:
+                        self._be_lent_again(future, told[1])
+                    self._loans.resume(self.answers)
+                    self.is_heard = False
+                self.is_left = True
+        return is_done
+
+    def _wait(self, limit_s: float) -> None:
+        if self._poll is None:
+            assert self._loans.bell is not None
+            self._poll = select.poll()
+            for fd in (self.answers, self._loans.bell.fileno()):
+                self._poll.register(fd, select.POLLIN)
+        self._poll.poll(limit_s * 1000)
+
+    def _settle(self, future: SafeFuture, kind: int, run_s: float, body: bytes) -> bool:
+        future._pid = self.pid
+        if kind == PLAIN:
+            future._result = _wire.plain_in(body)
+        else:
+            future.keep(Answer(True, b"", body))
+        future.answered()
+        return True
+
+    def _be_lent_again(self, future: SafeFuture, run_s: float) -> None:
+        function = future._kind.function
+        assert function is not None
+        _unpack.is_known(self._known, function.number)
+        self.count += 1
+        self.total_s += run_s
+        self.number += 1
+        self.heard.clear()
+        self.written.clear()
+        self.is_over = False
+        self.takers.clear()  # (from here on another caller may take it)
 
 
 class Link:
@@ -143,7 +278,7 @@ class Link:
         self.worker = worker
         self._number = 0
         self._sent: dict[int, Any] = {}  # futures, and batches, by number: not answered, in order
-        self._known: set[int] = set()  # functions that the worker has
+        self.known: set[int] = set()  # functions that the worker has
         # (number, bytes to go); 0: not a call, or several small ones.  A big call comes in parts.
         self._out: deque[tuple[int, memoryview]] = deque()
         self._head_is_partial = False  # some of its frame is written
@@ -254,7 +389,7 @@ class Link:
 
     def _introduce(self, function: Function | None) -> bytes:
         """To the worker, unless it knows that function."""
-        if function is None or _unpack.is_known(self._known, function.number):
+        if function is None or _unpack.is_known(self.known, function.number):
             return b""
         return _wire.encode(Frame(_wire.FUNCTION, function.number, body=function.data))
 
@@ -289,19 +424,25 @@ class Link:
         if data:
             self._out.append((number, memoryview(data)))
 
-    def lend(self) -> Loan | None:
+    def lend(self, loans: Loans) -> Loan | None:
         """To callers, while the watchdog sleeps; None: it cannot be."""
-        if self._tickets is None or self._out or self._sent:
+        if self._tickets is None or self._out or self._sent or not self._reader.is_empty():
             return None
-        self._loan = Loan(self.worker, self._number + 1, self._known, (self._tickets.fileno(), self._channel.fileno()))
+        self._loan = Loan(self, self._number + 1, (self._tickets.fileno(), self._channel.fileno()), loans)
         return self._loan
 
+    def called_in(self, loan: Loan) -> None:
+        """What callers had of it, up to the one who has it now."""
+        self._number = loan.number - 1
+
     def sent_directly(self, loan: Loan, future: SafeFuture) -> None:
-        """By a caller: as if it had been sent here."""
+        """By a caller: as if it had been sent, and what it has heard were read, here."""
         self._number = loan.number
         self._sent[loan.number] = future
         assert future._kind.function is not None
-        _unpack.is_known(self._known, future._kind.function.number)
+        _unpack.is_known(self.known, future._kind.function.number)
+        for data in loan.heard:
+            self._reader.feed(data)
 
     def ask_exit(self) -> None:
         self._out.append((0, memoryview(_wire.encode(Frame(_wire.EXIT)))))

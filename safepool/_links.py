@@ -130,6 +130,12 @@ class Links:
             else:
                 self.selector.unregister(link)
 
+    def note_answers(self, worker: int, count: int, total_s: float) -> None:
+        """That callers have had from a lent worker."""
+        self.progress += count
+        self.answered_at = now = monotonic()
+        self._events.append(e.AnsweredDirectly(now, worker, count, total_s / count))
+
     def hear(self, link: Link, *, to_the_end: bool = False) -> None:
         heard = link.hear(to_the_end=to_the_end)
         now, worker = monotonic(), link.worker

@@ -69,6 +69,9 @@ class Seats:
         self._starved = False
         self._balancing = False
         self._mean_s: float | None = None
+        self._failed_starts = 0
+        self._idle_deaths = 0  # in a row, without a finished task between them
+        self._moved_at = 0.0  # a task began or ended, or a worker got ready
         self._now = 0.0
         self._out: list[Command] = []
 
@@ -262,6 +265,18 @@ class Seats:
         worker.sent.append(event.task)
         self._move_worker(worker, W.BUSY)
         self._await_start(worker)
+
+    def _on_answered_directly(self, event: e.AnsweredDirectly) -> None:
+        if event.worker in self._workers:
+            self._note_answers(event.run_s)
+
+    def _note_answers(self, run_s: float) -> None:
+        """Tasks have come to something, after ``run_s`` each."""
+        self._moved_at = self._now
+        self._failed_starts = self._idle_deaths = 0
+        # Quick to believe that tasks are long, slow to believe that they are short.
+        mean = self._mean_s
+        self._mean_s = run_s if mean is None else max(run_s, 0.8 * mean + 0.2 * run_s)
 
     def _await_start(self, worker: Worker) -> None:
         """Scenario 1: an idle worker is stopped, or stuck, and gets a task, whose timeout never starts.

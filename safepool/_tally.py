@@ -92,6 +92,8 @@ class PoolTally:
                 self._sent_home.add(command.worker)  # type: ignore[union-attr]
             elif kind is e.Requeue and type(event) is e.RetryAnswered:
                 self._tally.add(retried=1, seconds_lost=self._asked.pop(event.task, 0.0))
+        if type(event) is e.AnsweredDirectly:
+            self._tally.add(done=event.results)
         if type(event) is e.WorkerDied:
             if event.worker not in self._sent_home:
                 self._tally.add(workers_lost=1)

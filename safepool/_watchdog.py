@@ -29,9 +29,10 @@ from ._call import as_task
 from ._core import Core
 from ._evidence import error_of
 from ._launch import Launcher, Processes
-from ._link import Link, Loan
+from ._link import Link, Loan, Loans
 from ._links import ANSWERS, CHANNEL, DEATH, READ, Launched, Links, discard
 from ._log import CRITICAL
+from ._os import selecting
 from ._pending import Pending, Work, refuse
 from ._side import Side, tell_aside
 from ._stream import Stream
@@ -147,7 +148,11 @@ class Watchdog:
         self._start_lock = threading.RLock()
         self._mailbox: deque[Work | Launched | Callable[[], None]] = deque()
         self._loans: tuple[Loan, ...] = ()  # only while the watchdog sleeps
+        self._can_hear = False  # callers may hear the workers that they have
         self._awake = True
+        # Scenario 5: (a) somebody asks threading whether the thread lives, (b) a signal handler of the user's raises
+        # while that looks.  Then it takes the thread for dead (CPython's bpo-45274).  So nobody asks.
+        self._has_ended = False
         self._closed = threading.Event()
         self._is_mute = False
         self._own = ExitStack()  # the selector and the ends of the wake-up channel
@@ -202,6 +207,17 @@ class Watchdog:
             if not loan.takers and loan.take(future):
                 return True
         future._sent = False
+        return False
+
+    def hear(self, future: SafeFuture, limit_s: float) -> bool:
+        """On the thread of a caller: have its answer from the worker itself, if the watchdog sleeps; is it done?"""
+        for loan in self._loans if self._can_hear and limit_s > 0 else ():
+            if loan.is_of(future):
+                try:
+                    return loan.hear(future, min(limit_s, LENT_FOR_S))
+                finally:
+                    if loan.heard:  # something that only the watchdog understands
+                        self._wake()
         return False
 
     def post(self, act: Callable[[], None]) -> None:
@@ -316,7 +332,7 @@ class Watchdog:
         if self.is_fork():
             reason = f"this process is a fork of {self._pid}, which owns the pool; make a pool of your own here"
             raise PoolBroken(reason, reason=reason)
-        if self.thread is not None and not self.thread.is_alive() and not self._closed.is_set():
+        if self._has_ended and not self._closed.is_set():
             self._crashed("its thread is gone")
 
     def deliver(self, job: Callable[[], object]) -> None:
@@ -350,8 +366,9 @@ class Watchdog:
                     for end in (self._wake_w, _os.keep(self._wake_r)):
                         self._own.callback(_os.close, end)
                         end.setblocking(False)
-                    self._selector = self._own.enter_context(selectors.DefaultSelector())
+                    self._selector = self._own.enter_context(selecting.Selector())
                 self._selector.register(self._wake_r, READ, None)
+                self._lending = Loans(self._selector, self._made_bell())
                 self._links.selector = self._selector
                 thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
                 self._side.stand_by()
@@ -363,6 +380,18 @@ class Watchdog:
             except (RuntimeError, OSError) as error:
                 self._own.close()
                 self._refuse_mail(f"its watchdog cannot be started now: {error}; a later submit tries again")
+
+    def _made_bell(self) -> _os.End | None:
+        """For callers that hear workers themselves: not where somebody watches for stalls, and would learn it late."""
+        policy = self._policy
+        may_hear = policy.stall_timeout is None and policy.max_tasks_per_child is None
+        if not may_hear or not hasattr(self._selector, "pause") or "board" not in _os.CAPABILITIES:
+            return None
+        with suppress(OSError):
+            bell = _os.open_token()
+            self._own.callback(_os.close, bell)
+            return bell
+        return None
 
     def _refuse_mail(self, reason: str) -> None:
         while self._mailbox:
@@ -389,6 +418,8 @@ class Watchdog:
             self._close()
         except BaseException:
             self._crashed(traceback.format_exc())
+        finally:
+            self._has_ended = True
 
     def _turn(self) -> None:
         """One round: wait, read the mail, listen to the workers, let time pass."""
@@ -458,13 +489,18 @@ class Watchdog:
         """Until the watchdog wakes callers may send to idle workers; but not in a pool where nobody does any more."""
         if monotonic() < self._links.answered_at + LENT_FOR_S:
             links = map(self._links.by_worker.get, self._core.lendable(MOST_LENT))
-            loans = (link.lend() for link in links if link is not None)
+            loans = (link.lend(self._lending) for link in links if link is not None)
+            self._can_hear = self._lending.can_hear()
             self._loans = tuple(loan for loan in loans if loan is not None)
 
     def _call_in_loans(self) -> None:
         loans, self._loans = self._loans, ()
+        if loans:
+            self._lending.call_in(loans)
         for loan in loans:
-            loan.takers.append(None)
+            if loan.count:
+                self._links.by_worker[loan.worker].called_in(loan)
+                self._links.note_answers(loan.worker, loan.count, loan.total_s)
             future = loan.takers[0]
             if future is not None:
                 self._was_sent(loan, future)
@@ -474,8 +510,11 @@ class Watchdog:
         while not loan.is_over and monotonic() < end:
             sleep(CALLER_SLICE_S)
         self._pending.futures[future._task] = future
-        self._links.by_worker[loan.worker].sent_directly(loan, future)
+        link = self._links.by_worker[loan.worker]
+        link.sent_directly(loan, future)
         self._events.append(e.SentDirectly(monotonic(), loan.worker, future._task))
+        if loan.heard:
+            self._links.hear(link)
         if loan.is_over and loan.is_complete():
             loan.forget()
         else:

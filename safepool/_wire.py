@@ -96,6 +96,17 @@ def encode_answer(kind: int, number: int, run_s: float, body: bytes) -> bytes:
     return _pack(MAGIC + kind, number, run_s, len(body)) + body
 
 
+def result_in(data: bytes, number: int) -> tuple[int, float, bytes] | None:
+    """Kind, run time and body, if ``data`` is exactly that this call returned; None: it is more, or less, or else."""
+    if len(data) < HEADER_BYTES:
+        return None
+    kind, found, run_s, length = _unpack_from(data, 0)
+    kind -= MAGIC
+    if kind not in (PLAIN, RETURNED) or found != number or length != len(data) - HEADER_BYTES:
+        return None
+    return kind, run_s, data[HEADER_BYTES:]
+
+
 def batch_in(body: bytes) -> tuple[int, bool, list[Any], int]:
     batch: tuple[int, bool, list[Any], int] = marshal.loads(body)
     return batch
@@ -194,6 +205,13 @@ class FrameReader:
         got = read_into(self._scratch)
         self._buffer += self._scratch if got == READ_BYTES else self._scratch[:got]
         return got
+
+    def feed(self, data: bytes) -> None:
+        """What somebody else has read."""
+        self._buffer += data
+
+    def is_empty(self) -> bool:
+        return not self._buffer and not self.nonsense
 
     def frames(self) -> list[tuple[int, int, float, bytes]]:
         """The whole frames that have come, as ``Frame`` has them; a partial one stays.

@@ -66,7 +66,9 @@ class Teller:
                 self._why[task] = (failure.kind == "error" and pool.text_of(task)) or e.WORDS[failure.kind]
             elif kind is e.Requeue and type(event) is e.RetryAnswered:
                 self._fresh.append(PoolEvent("retried", 0, str(pool.one(event.task)), self._why.pop(event.task, "")))
-        if type(event) is e.WorkerReady:
+        if type(event) is e.AnsweredDirectly:
+            self._add("returned", event.results)
+        elif type(event) is e.WorkerReady:
             self._fresh.append(PoolEvent("worker started", pid=pool.pid_of(event.worker)))
         elif type(event) is e.WorkerDied:
             why = "" if event.exitcode is None else f"exit code {event.exitcode}"

@@ -9,7 +9,7 @@
 * ``watch(pid) -> fd | None``: readable when that process is dead; None: ask ``is_dead`` again and again;
 * ``open_board(size)``, ``open_token()``: memory that is shared with a worker; a number that one of us two can take;
 * ``descriptor_in(message)``: that came with a message;
-* ``draw(tickets, into)``, ``write(fd, data)``: one read of a pipe that never waits; one write, and nothing else;
+* ``draw(tickets, into)``, ``write(fd, data)``, ``read(fd, most)``: a read of a pipe that never waits; one call each;
 * ``has_room(fd)``: a few kilobytes can be written to it without blocking;
 * ``is_reaped(fd)``: the status of this dead child was taken by somebody else, and will never be known;
 * ``send_signal(fd, process, number)``: to that very process, never to a pid that was reused;
@@ -332,6 +332,7 @@ def draw(tickets: End, into: list[bytearray]) -> int:
 
 _can_ask_not_to_wait = hasattr(os, "RWF_NOWAIT")
 write = os.write
+read = os.read
 
 
 def read_at(fd: int, size: int, at: int) -> bytes:
