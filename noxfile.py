@@ -21,7 +21,7 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The default suite."""
     session.install(".[test]")
-    session.run("pytest", "-n", "2", *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session(python=PYTHONS)
