@@ -135,7 +135,7 @@ class Loan:
 
     __slots__ = (
         "_known", "_loans", "_poll", "answers", "count", "fds", "heard", "is_called_in", "is_heard", "is_left",
-        "is_over", "number", "pid", "takers", "to_close", "total_s", "worker", "written",
+        "is_left_off", "number", "pid", "takers", "to_close", "total_s", "worker", "written",
     )  # fmt: skip
 
     def __init__(self, link: Link, number: int, fds: tuple[int, int], loans: Loans) -> None:
@@ -144,7 +144,7 @@ class Loan:
         self.number = number
         self.takers: list[SafeFuture | None] = []
         self.written: list[int] = []  # what ``os.write`` said, of the ticket and of the call
-        self.is_over = False  # the caller will not write to the worker any more
+        self.is_left_off = False  # the caller will not write to the worker any more
         self.to_close: list[socket.socket | _os.End] = []  # when it is over
         self.answers = link.answers_fileno()
         self.heard: list[bytes] = []  # what a caller has read
@@ -174,7 +174,7 @@ class Loan:
             pass  # the worker has just died
         finally:
             if self.is_of(future):
-                self.is_over = True
+                self.is_left_off = True
                 for end in self.to_close:
                     end.close()
         return True
@@ -198,6 +198,10 @@ class Loan:
 
     def is_complete(self) -> bool:
         return len(self.written) == len(self.fds)
+
+    def is_over(self) -> bool:
+        """All is written, or never will be."""
+        return self.is_left_off or self.is_complete()
 
     def forget(self) -> None:
         """Who had it, once all was sent: a busy worker is not to keep a future alive that its user has dropped."""
@@ -261,7 +265,7 @@ class Loan:
         self.number += 1
         self.heard.clear()
         self.written.clear()
-        self.is_over = False
+        self.is_left_off = False
         self.takers.clear()  # (from here on another caller may take it)
 
 
@@ -753,7 +757,7 @@ class Link:
         loan = self._loan
         if loan is not None and loan.is_taken():
             loan.to_close = [_os.disown(end) for end in self._open]
-            if not loan.is_over:
+            if not loan.is_over():
                 self._open.clear()
         for end in self._open:
             _os.close(end)

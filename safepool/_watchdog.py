@@ -507,7 +507,7 @@ class Watchdog:
 
     def _was_sent(self, loan: Loan, future: SafeFuture) -> None:
         end = monotonic() + CALLER_LIMIT_S
-        while not loan.is_over and monotonic() < end:
+        while not loan.is_over() and monotonic() < end:
             sleep(CALLER_SLICE_S)
         self._pending.futures[future._task] = future
         link = self._links.by_worker[loan.worker]
@@ -515,7 +515,7 @@ class Watchdog:
         self._events.append(e.SentDirectly(monotonic(), loan.worker, future._task))
         if loan.heard:
             self._links.hear(link)
-        if loan.is_over and loan.is_complete():
+        if loan.is_complete():
             loan.forget()
         else:
             self._events.append(e.ChannelLost(monotonic(), loan.worker, "a caller could not send it all of a task"))
