@@ -29,8 +29,9 @@ from ._call import as_task
 from ._core import Core
 from ._evidence import error_of
 from ._launch import Launcher, Processes
-from ._link import Link, Loan, Loans
+from ._link import Link
 from ._links import ANSWERS, CHANNEL, DEATH, READ, Launched, Links, discard
+from ._loans import Loan, Loans
 from ._log import CRITICAL
 from ._os import selecting
 from ._pending import Pending, Work, refuse
@@ -499,8 +500,8 @@ class Watchdog:
             self._lending.call_in(loans)
         for loan in loans:
             if loan.count:
-                self._links.by_worker[loan.worker].called_in(loan)
-                self._links.note_answers(loan.worker, loan.count, loan.total_s)
+                self._links.by_worker[loan.of.worker].called_in(loan)
+                self._links.note_answers(loan.of.worker, loan.count, loan.total_s)
             future = loan.takers[0]
             if future is not None:
                 self._was_sent(loan, future)
@@ -510,15 +511,15 @@ class Watchdog:
         while not loan.is_over() and monotonic() < end:
             sleep(CALLER_SLICE_S)
         self._pending.futures[future._task] = future
-        link = self._links.by_worker[loan.worker]
+        link = self._links.by_worker[loan.of.worker]
         link.sent_directly(loan, future)
-        self._events.append(e.SentDirectly(monotonic(), loan.worker, future._task))
+        self._events.append(e.SentDirectly(monotonic(), loan.of.worker, future._task))
         if loan.heard:
             self._links.hear(link)
         if loan.is_complete():
             loan.forget()
         else:
-            self._events.append(e.ChannelLost(monotonic(), loan.worker, "a caller could not send it all of a task"))
+            self._events.append(e.ChannelLost(monotonic(), loan.of.worker, "a caller could not send it all of a task"))
 
     def _empty_wake_pipe(self) -> None:
         with suppress(OSError):

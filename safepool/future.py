@@ -425,6 +425,10 @@ class SafeFuture(Future["Any"]):
         else:
             self._answer = answer
 
+    def keep_result(self, body: bytes) -> None:
+        """One that is pickled."""
+        self.keep(Answer(True, b"", body))
+
     def requeue(self) -> None:
         with _brief:
             if self._state not in _DONE:

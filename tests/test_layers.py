@@ -24,7 +24,7 @@ FLOORS = [
     {"_zygote", "_keep"},
     {"_zygotes"},
     {"_keeper"},
-    {"_records", "_launch"},
+    {"_records", "_launch", "_loans"},
     {"_seats", "_link"},
     {"_core"},
     {"future", "testing", "_evidence", "_together"},

@@ -21,7 +21,7 @@ import pytest
 from safepool import PoolEvent, SafeFuture, SafePoolExecutor, WorkerDied
 from safepool import _events as e
 from safepool._core import Core
-from safepool._link import Loan
+from safepool._loans import Loan
 from safepool.policy import PoolPolicy
 from tests.pool import tasks
 from tests.pool.test_deaths import error_of

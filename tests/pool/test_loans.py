@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from safepool import SafePoolExecutor, WorkerDied, _link, _seats
-from safepool._link import Loan
+from safepool._loans import Loan
 from tests.pool import tasks
 from tests.support import LIMIT_S, until
 
