@@ -3,10 +3,10 @@
 What each came to is on the board, which the parent can read, before the next one begins: so none that is finished is
 lost or run again, whatever ends the worker.
 
-After each that took long (``SLOW_S``) the worker asks for the token, which it has put there at the start: it takes it
-and puts it there anew, and without it returns the rest. So the parent may give the rest to others: it takes the token
-if it has seen one and the same call run for so long that it knows which one it is, and that the token is asked for
-after it.
+After each that took long (``SLOW_S``), and if the parent wants the rest, the worker asks for the token, which it has
+put there at the start: it takes it and puts it there anew, and without it returns the rest. So the parent may give
+the rest to others: it takes the token if it has seen one and the same call run for so long that it knows which one it
+is, and that the token is asked for after it.
 
 Scenario 2: (a) a task has ended, and the parent sees it, (b) the worker is held up, because it looks for what the
 task has left, say, (c) it runs the next one, which is quick, and the one after that; but the parent has seen one and
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 SLOW_S = 0.002
-NUMBER, PARTS, RUNS, ENDED, ASKS = range(5)  # of the head of a board: see ``_wire.Where``
+NUMBER, PARTS, RUNS, ENDED, ASKS, WANTED = range(6)  # of the head of a board: see ``_wire.Board``
 
 
 class Calls(NamedTuple):
@@ -72,7 +72,7 @@ class Journal:
             # tasks came to, for those of the old one.  So each field is one store, the number comes last, and the
             # parent looks at it again.
             head = self._head
-            head[ENDED] = head[NUMBER] = 0
+            head[NUMBER] = head[ENDED] = 0
             head[PARTS], head[RUNS], head[ASKS] = self._parts, 1, self.asks
             head[NUMBER] = self._number
 
@@ -94,6 +94,10 @@ class Journal:
         self.asks += 1
         if self._memory is not None:
             self._head[ASKS] = self.asks
+
+    def is_wanted(self) -> bool:
+        """Does the parent want the rest of this batch?"""
+        return self._memory is not None and self._head[WANTED] == self._number
 
     def stop(self) -> None:
         """No other task of the batch is begun."""
@@ -143,18 +147,20 @@ def run(
             BaseException.with_traceback(error, None)  # its frames hold the arguments
         told = tell(outcome)
         outcomes.append(outcome)
-        if perf_counter() - before >= shortest_s and not tidy_up(len(outcomes) - 1):
-            journal.stop()
-            return _wire.PART, perf_counter() - began, tell(outcomes), False
+        is_tidy = perf_counter() - before < shortest_s or tidy_up(len(outcomes) - 1)
         if part == _wire.BIG_PART or not keep(told):
             send(Frame(part, number, perf_counter() - began, tell(outcomes)))
             outcomes = []
             journal.turn()
             began = perf_counter()
+        if not is_tidy:
+            journal.stop()
+            return _wire.PART, perf_counter() - began, tell(outcomes), False
         now = perf_counter()
-        if now - before >= SLOW_S and not may_go_on():
+        run_s, before = now - before, now
+        if run_s >= shortest_s and (run_s >= SLOW_S or journal.is_wanted()) and not may_go_on():
+            journal.stop()
             break
-        before = now
     return _wire.PLAIN, perf_counter() - began, tell(outcomes), True
 
 

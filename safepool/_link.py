@@ -105,6 +105,8 @@ class Link:
         self._token: _os.End | None = None  # whose is the rest of the batch in hand?
         self._seen: tuple[_wire.Where | None, float] = None, 0.0  # how far it was with a batch, and since when
         self._glanced = 0  # the number of that batch
+        self._held = 0  # the last token that was taken
+        self._wanted = 0  # of this batch the worker was told that its rest is wanted
         theirs: list[socket.socket | _os.End] = []
         try:
             self._channel, channel = _os.open_channel()
@@ -338,27 +340,48 @@ class Link:
     def take_rest(self, limit_s: float = REST_LIMIT_S) -> tuple[int, ...]:
         """Of the batch in hand: what comes after the task that runs, and will not begin at this worker.
 
-        Nothing, if it ends within ``limit_s``, or goes on too fast for that to be known.
+        Nothing, if the batch ends within ``limit_s``, or has not been seen at one and the same task for long enough;
+        then the worker stops after that task, and returns the rest.
         """
         end = monotonic() + limit_s
-        while (where := self._where_in_batch()) is not None and self._sent[where.number].has_more(where.ended):
-            now = monotonic()
-            if now - self._seen[1] >= SURE_S and self._token is not None:
-                # (One of a later task that is taken by mistake does no harm: the worker returns the rest then.)
-                if _os.take_token(self._token) == _wire.token_of(where.number, where.asks):
-                    rest: tuple[int, ...] = self._sent[where.number].cut(where.ended)
-                    return rest
-                self._seen = None, 0.0
-            if now >= end:
-                break
+        while True:
+            now = monotonic()  # before the reading: until then it was seen as it is read
+            where = self._where_in_batch()
+            if where is None:
+                return ()
+            batch: Batch = self._sent[where.number]
+            if not batch.has_more(where.ended - (not where.runs)):
+                return ()
+            rest: tuple[int, ...] = ()
+            if self._holds_token(where):
+                if not where.runs and now > self._seen[1]:  # read twice: a reading is not one step
+                    rest = batch.cut(where.ended - 1)
+                elif now - self._seen[1] >= SURE_S:
+                    rest = batch.cut(where.ended)
+            if rest or now >= end:
+                return rest
             sleep(REST_AGAIN_S)
-        return ()
+
+    def _holds_token(self, where: _wire.Where) -> bool:
+        """Take it, for this batch, and have the worker ask for it after the task that runs.
+
+        What is taken is kept: it may be that of a later task than the one that was seen (or of an earlier one, which
+        the worker asks for in vain, and returns the rest).
+        """
+        if self._token is None or self._board is None:
+            return False
+        self._held = _os.take_token(self._token) or self._held
+        if self._wanted != where.number:
+            self._wanted = where.number
+            told = memoryview(_wire.Board.WANTED.pack(where.number))
+            memory.write_at(self._board.fileno(), told, _wire.Board.WANTED_AT)
+        return self._held == _wire.token_of(where.number, where.asks)
 
     def _where_in_batch(self) -> _wire.Where | None:
         """How far it is with the batch in hand; None: it is in none.  Notes since when that is so."""
         where = self._where()
         batch = None if where is None else self._sent.get(where.number)
-        if where is None or batch is None or not batch.is_batch or batch.parts != where.parts or not where.runs:
+        if where is None or batch is None or not batch.is_batch or batch.parts != where.parts:
             self._seen = None, 0.0
             return None
         if self._seen[0] != where:
@@ -369,10 +392,12 @@ class Link:
         """Is it in the midst of the same batch as when this was last asked?"""
         where, before = self._where_in_batch(), self._glanced
         self._glanced = 0 if where is None else where.number
-        return where is not None and where.number == before
+        return where is not None and bool(where.runs) and where.number == before
 
-    def has_batches(self) -> bool:
-        return any(future.is_batch and future.is_many() for future in self._sent.values())
+    def has_batch(self) -> bool:
+        """Next to be answered is one, of which more is to come than the task that runs."""
+        head = next(iter(self._sent.values()), None)
+        return head is not None and head.is_batch and bool(head.is_many())
 
     def look(self) -> Seen:
         """What is not told of a batch before its last task has ended; and which task has begun and is not answered."""
@@ -386,9 +411,17 @@ class Link:
     def salvage(self) -> Seen:
         """What a dead worker had finished of a batch and not sent home."""
         batch, ended, runs = self._batch_in_hand()
-        self._is_stopped = batch is not None and not runs
+        self._is_stopped = (batch is not None and not runs) or self._has_told_all()
         raised: list[int] = []
         return Seen([] if batch is None else self._taken_early(batch, ended, raised), raised, None)
+
+    def _has_told_all(self) -> bool:
+        """The part that it sent last was its last: it has begun nothing since."""
+        where = self._where()
+        number, batch = next(iter(self._sent.items()), (0, None))
+        if where is None or batch is None or not batch.is_batch:
+            return False
+        return not where.runs and where.number == number and where.parts == batch.parts - 1
 
     def _taken_early(self, batch: Batch, ended: list[Any], raised: list[int]) -> list[int]:
         try:
@@ -440,7 +473,7 @@ class Link:
             return None
         undrawn = _os.unread_bytes(self._undrawn.fileno()) // _wire.TICKET_BYTES
         drawn = islice(self._sent.values(), 0, max(0, len(self._sent) - undrawn))
-        return next((future._task for future in drawn), None)
+        return next((tasks[0] for future in drawn if (tasks := future.tasks())), None)
 
     def unanswered(self) -> tuple[SafeFuture | Batch, ...]:
         """What was sent and has neither been answered nor taken back."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ._launch import Processes
+    from ._loans import Loans
     from ._pending import Pending
 
 STATUS_LIMIT_S = 1.5  # for the exit status of a dead worker to reach us, once its family is ended
@@ -130,6 +131,12 @@ class Links:
             else:
                 self.selector.unregister(link)
 
+    def listen_to_all(self, loans: Loans) -> None:
+        """Whatever callers have had us not listen to."""
+        for link in self.by_worker.values():
+            if not link.is_deaf:
+                loans.listen_to(link.answers_fileno())
+
     def note_answers(self, worker: int, count: int, total_s: float) -> None:
         """That callers have had from a lent worker."""
         self.progress += count
@@ -148,13 +155,17 @@ class Links:
             self._events.append(e.WorkerReady(now, worker))
         for task, left in heard.left:
             self._pending.note_leftovers(task, left)
+        if heard.returned:
+            # Scenario 2: (a) a worker returns the rest of one batch, (b) it answers the next one, (c) both are read at
+            # once.  First the rest: the core takes answers in the order in which it has sent the tasks.
+            self._events.append(e.TakenBack(now, worker, tuple(heard.returned)))
         if heard.answered or heard.begun is not None:
             self.progress += 1
             self.answered_at = now
             answered, raised = tuple(heard.answered), frozenset(heard.raised)
             self._events.append(e.Received(now, worker, answered, heard.begun, heard.run_s, raised))
-        if heard.returned:
-            self._events.append(e.TakenBack(now, worker, tuple(heard.returned)))
+        if self._glance_at is None and link.has_batch():
+            self.have_batches()
         if link.has_to_write():
             self.writing.add(worker)
         if heard.lost is not None and not link.is_deaf:
@@ -171,8 +182,14 @@ class Links:
     def look(self, worker: int, mean_s: float) -> None:
         """What has it done that it has not told, and which task has it begun?  ``mean_s``: what a task takes."""
         link = self.by_worker.get(worker)
-        if link is not None:
-            self._note(link, link.look(), mean_s)
+        if link is None:
+            return
+        seen = link.look()
+        self._note(link, seen, mean_s)
+        if seen.ended and not link.is_deaf:
+            # Scenario 1: (a) a task has left something, which is on its way, (b) its result is taken from the board.
+            # So that is heard before anybody learns of the result.
+            self.hear(link)
 
     def _note(self, link: Link, seen: Seen, mean_s: float) -> None:
         ended, raised, begun = seen
@@ -196,8 +213,8 @@ class Links:
                 self.look(worker, mean_s)
                 if rest := link.take_rest(0.0):
                     self._events.append(e.TakenBack(now, worker, rest))
-            if link.has_batches():
-                self._glance_at = now + GLANCE_S
+            if link.has_batch():
+                self._glance_at = now + GLANCE_S  # else again when it has told of the task that runs
 
     def take_back(self, worker: int) -> None:
         link = self.by_worker.get(worker)

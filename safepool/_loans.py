@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import select
 import socket
-import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _os, _unpack, _wire  # (later, no descriptor may be left to load them by)
+from ._os import selecting
 from ._wire import PLAIN, Frame
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .future import SafeFuture
 
 MOST_DIRECT_BYTES = 4096  # that an idle worker's channel takes at once
@@ -31,42 +33,52 @@ class Borrowed(NamedTuple):
 
 
 class Loans:
-    """What all loans of one pool have in common: the lock, and how a caller is called away from hearing a worker."""
+    """What all loans of one pool have in common: how a caller is called away from hearing a worker.
 
-    def __init__(self, selector: Any, bell: _os.End | None) -> None:
+    No locks, for a signal handler of the user's may run, and wait for this pool, while its thread holds one.  Instead:
+    CPython looks for signals, and for other threads, after a call and at the end of a round of a loop only, so plain
+    assignments, and tests of attributes before them, are one step.
+    """
+
+    def __init__(self, listen: Callable[[int, int], None] | None, bell: _os.End | None) -> None:
         """``bell``: None if callers cannot hear workers here."""
-        self.lock = threading.RLock()  # held for a few lines; the garbage collector may run a user's finalizer in them
-        self.selector = selector
+        self.listen = listen
         self.bell = bell
-        self.rung_for: tuple[Loan, ...] = ()
+        self.rung_for: tuple[Loan, ...] = ()  # callers that may not have come back yet
 
-    def can_hear(self) -> bool:
-        """Nobody is on his way back from a loan that was called in."""
-        if self.bell is None:
+    def may_hear(self) -> bool:
+        return self.bell is not None and not self.rung_for
+
+    def have_come_back(self) -> bool:
+        """All for whom it was rung have, just now: whatever they had the watchdog not listen to, it should again."""
+        if not self.rung_for or not all(loan.is_left for loan in self.rung_for):
             return False
-        if self.rung_for and all(loan.is_left for loan in self.rung_for):
-            self.rung_for = ()
-            _os.take_token(self.bell)
-        return not self.rung_for
+        self.rung_for = ()
+        assert self.bell is not None
+        _os.take_token(self.bell)
+        return True
 
     def call_in(self, loans: tuple[Loan, ...]) -> None:
         """From here on no caller touches the worker of one of these, but for what he is writing to it."""
-        with self.lock:
-            for loan in loans:
-                loan.is_called_in = True
-                loan.takers.append(None)
-                if loan.is_heard:
-                    self.resume(loan.of.answers)
-            heard = tuple(loan for loan in loans if not loan.is_left)
-            if heard and self.bell is not None:
-                self.rung_for += heard
-                _os.put_token(self.bell, 1)
+        for loan in loans:
+            loan.is_called_in = True
+            loan.may_read.clear()
+            loan.takers.append(None)
+        heard = tuple(loan for loan in loans if not loan.is_left)
+        if heard:
+            assert self.bell is not None
+            self.rung_for += heard
+            _os.put_token(self.bell, 1)
+        for loan in loans:
+            if loan.is_heard:
+                self.listen_to(loan.of.answers)
 
-    def resume(self, fd: int) -> None:
+    def listen_to(self, fd: int) -> None:
+        assert self.listen is not None
         try:  # noqa: SIM105  (this is the hottest path of who waits for one task at a time)
-            self.selector.resume(fd)
-        except OSError:
-            pass  # its worker is gone
+            self.listen(fd, selecting.READING)
+        except (OSError, ValueError):
+            pass  # its worker, or the pool, is gone
 
 
 class Loan:
@@ -85,12 +97,16 @@ class Loan:
     was read is its, with all that follows, and it rings for the caller to come back and wait as everybody does.
 
     Scenario 3: (a) a caller has the watchdog not listen to a worker, (b) a signal handler of the user's raises, where
-    it likes.  While there are loans the watchdog sleeps for a second at most, and then it calls them in.
+    it likes, or takes long.  While there are loans the watchdog sleeps for a second at most, and then it calls them in.
+
+    Scenario 4: (a) a caller is about to have the watchdog not listen, (b) the loan is called in, (c) the system does
+    what (a) says, perhaps to another worker's descriptor that has the same number by now.  So the watchdog listens to
+    all of them again once every caller is back.
     """
 
     __slots__ = (
-        "_loans", "_poll", "count", "heard", "is_called_in", "is_heard", "is_left", "is_left_off", "number", "of",
-        "takers", "to_close", "total_s", "written",
+        "_loans", "_poll", "count", "heard", "is_called_in", "is_heard", "is_left", "is_left_off", "is_reading",
+        "may_read", "number", "of", "takers", "to_close", "total_s", "written",
     )  # fmt: skip
 
     def __init__(self, of: Borrowed, number: int, loans: Loans) -> None:
@@ -103,8 +119,10 @@ class Loan:
         self.to_close: list[socket.socket | _os.End] = []  # when it is over
         self.heard: list[bytes] = []  # what a caller has read
         self.is_heard = False  # a caller does, or did, and the watchdog may not listen
+        self.is_reading = False  # unless there is something in ``heard``
         self.is_left = True  # nobody waits for the worker's answer
         self.is_called_in = False
+        self.may_read = [of.answers]  # taken away when it is called in
         self.count = 0  # tasks that callers have had the results of
         self.total_s = 0.0  # that they have run
         self._loans = loans
@@ -121,9 +139,8 @@ class Loan:
                 return False
             if number != self.number:  # another caller has had it, and is done, since
                 number, data = self.number, self._call(future)
-            self.written.extend(
-                map(_os.write, (self.of.tickets, self.of.channel), (_wire.encode_tickets(number, number), data))
-            )
+            told = (_wire.encode_tickets(number, number), data)
+            self.written.extend(map(_os.write, (self.of.tickets, self.of.channel), told))
         except OSError:
             pass  # the worker has just died
         finally:
@@ -144,7 +161,7 @@ class Loan:
     def is_of(self, future: SafeFuture) -> bool:
         try:
             return self.takers[0] is future
-        except IndexError:  # (it may be lent again between a look at its length and one at the first)
+        except IndexError:  # it was lent again, just now
             return False
 
     def is_taken(self) -> bool:
@@ -154,8 +171,8 @@ class Loan:
         return len(self.written) == 2
 
     def is_over(self) -> bool:
-        """All is written, or never will be."""
-        return self.is_left_off or self.is_complete()
+        """All is written, or never will be; and nothing is being read."""
+        return (self.is_left_off or self.is_complete()) and (not self.is_reading or bool(self.heard))
 
     def forget(self) -> None:
         """Who had it, once all was sent: a busy worker is not to keep a future alive that its user has dropped."""
@@ -168,56 +185,55 @@ class Loan:
 
         The future is done then, and the worker may be lent to the next caller.  Raises nothing of its own.
         """
-        is_done, lock = False, self._loans.lock
+        listen, function, done = self._loans.listen, future._kind.function, None
+        assert listen is not None
+        assert function is not None
+        if not self.is_of(future) or not self.is_complete():
+            return False
+        if self.is_called_in or self.is_heard:
+            return False
+        self.is_heard, self.is_left = True, False
         try:
-            with lock:
-                if self.is_called_in or self.is_heard or not self.is_of(future) or not self.is_complete():
-                    return False
-                self.is_heard, self.is_left = True, False
-                self._loans.selector.pause(self.of.answers)
+            listen(self.of.answers, selecting.NOTHING)
             self._wait(limit_s)
-            with lock:
-                if not self.is_called_in:
-                    self.heard.extend(map(_os.read, (self.of.answers,), (_wire.READ_BYTES,)))
+            reading = map(_os.read, self.may_read, (_wire.READ_BYTES,))
+            self.is_reading = True
+            self.heard.extend(reading)
             told = _wire.result_in(b"".join(self.heard), self.number)
-            is_done = told is not None and self._settle(future, *told)
+            if told is not None:
+                self._settle(future, *told)
+                done = told
         except (OSError, ValueError, TypeError, EOFError, KeyError):
             pass  # it was rung for, or is late, or a task has written there: the watchdog finds out
         finally:
-            with lock:
-                if not self.is_called_in:
-                    if is_done and told is not None:
-                        self._be_lent_again(future, told[1])
-                    self._loans.resume(self.of.answers)
-                    self.is_heard = False
-                self.is_left = True
-        return is_done
+            self.is_left, self.is_reading = True, False
+            if not self.is_called_in:
+                self._loans.listen_to(self.of.answers)
+            if done is not None:
+                _unpack.is_known(self.of.known, function.number)
+                if not self.is_called_in:  # from here on it is one step
+                    self.count += 1
+                    self.total_s += done[1]
+                    self.number += 1
+                    self.is_heard = self.is_left_off = False
+                    self.heard, self.written = [], []
+                    self.takers = []
+        return done is not None
 
     def _wait(self, limit_s: float) -> None:
-        if self._poll is None:
+        poll = self._poll
+        if poll is None:
             assert self._loans.bell is not None
-            self._poll = select.poll()
+            poll = select.poll()
             for fd in (self.of.answers, self._loans.bell.fileno()):
-                self._poll.register(fd, select.POLLIN)
-        self._poll.poll(limit_s * 1000)
+                poll.register(fd, select.POLLIN)
+            self._poll = poll
+        poll.poll(limit_s * 1000)
 
-    def _settle(self, future: SafeFuture, kind: int, run_s: float, body: bytes) -> bool:
+    def _settle(self, future: SafeFuture, kind: int, run_s: float, body: bytes) -> None:
         future._pid = self.of.pid
         if kind == PLAIN:
             future._result = _wire.plain_in(body)
         else:
             future.keep_result(body)
         future.answered()
-        return True
-
-    def _be_lent_again(self, future: SafeFuture, run_s: float) -> None:
-        function = future._kind.function
-        assert function is not None
-        _unpack.is_known(self.of.known, function.number)
-        self.count += 1
-        self.total_s += run_s
-        self.number += 1
-        self.heard.clear()
-        self.written.clear()
-        self.is_left_off = False
-        self.takers.clear()  # (from here on another caller may take it)

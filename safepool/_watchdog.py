@@ -52,6 +52,7 @@ MOST_LENT = 8  # idle workers that callers may send to directly
 LENT_FOR_S = 1.0  # after the last answer: a pool that nobody uses sleeps without being woken for it
 CALLER_LIMIT_S = 0.2  # for a caller that has taken a worker to have sent it its task
 CALLER_SLICE_S = 0.0001
+COME_BACK_S = 0.05  # how often to see whether callers that were called away are back
 
 
 class Observer(Protocol):
@@ -148,7 +149,9 @@ class Watchdog:
         self._sides = (self._side, self._judges, self._launches)
         self._start_lock = threading.RLock()
         self._mailbox: deque[Work | Launched | Callable[[], None]] = deque()
+        self._lending = Loans(None, None)  # others, once it runs
         self._loans: tuple[Loan, ...] = ()  # only while the watchdog sleeps
+        self._called_in: tuple[Loan, ...] = ()  # those that it sees to just now
         self._can_hear = False  # callers may hear the workers that they have
         self._awake = True
         # Scenario 5: (a) somebody asks threading whether the thread lives, (b) a signal handler of the user's raises
@@ -369,7 +372,7 @@ class Watchdog:
                         end.setblocking(False)
                     self._selector = self._own.enter_context(selecting.Selector())
                 self._selector.register(self._wake_r, READ, None)
-                self._lending = Loans(self._selector, self._made_bell())
+                self._lending = Loans(getattr(self._selector, "listen", None), self._made_bell())
                 self._links.selector = self._selector
                 thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
                 self._side.stand_by()
@@ -386,7 +389,7 @@ class Watchdog:
         """For callers that hear workers themselves: not where somebody watches for stalls, and would learn it late."""
         policy = self._policy
         may_hear = policy.stall_timeout is None and policy.max_tasks_per_child is None
-        if not may_hear or not hasattr(self._selector, "pause") or "board" not in _os.CAPABILITIES:
+        if not may_hear or not hasattr(self._selector, "listen") or "board" not in _os.CAPABILITIES:
             return None
         with suppress(OSError):
             bell = _os.open_token()
@@ -481,6 +484,8 @@ class Watchdog:
         moments.extend(self._links.moments(now))
         if self._loans:
             moments.append(self._links.answered_at + LENT_FOR_S)
+        if self._lending.rung_for:
+            moments.append(now + COME_BACK_S)
         known = [moment for moment in moments if moment is not None]
         return min(max(0.0, min(known) - now), LONGEST_S) if known else None
 
@@ -488,23 +493,33 @@ class Watchdog:
 
     def _lend(self) -> None:
         """Until the watchdog wakes callers may send to idle workers; but not in a pool where nobody does any more."""
+        if self._lending.have_come_back():
+            self._links.listen_to_all(self._lending)
         if monotonic() < self._links.answered_at + LENT_FOR_S:
             links = map(self._links.by_worker.get, self._core.lendable(MOST_LENT))
             loans = (link.lend(self._lending) for link in links if link is not None)
-            self._can_hear = self._lending.can_hear()
+            self._can_hear = self._lending.may_hear()
             self._loans = tuple(loan for loan in loans if loan is not None)
 
     def _call_in_loans(self) -> None:
-        loans, self._loans = self._loans, ()
-        if loans:
-            self._lending.call_in(loans)
-        for loan in loans:
+        self._called_in, self._loans = self._loans, ()
+        if self._called_in:
+            self._lending.call_in(self._called_in)
+        for loan in self._called_in:
             if loan.count:
                 self._links.by_worker[loan.of.worker].called_in(loan)
                 self._links.note_answers(loan.of.worker, loan.count, loan.total_s)
             future = loan.takers[0]
             if future is not None:
                 self._was_sent(loan, future)
+        self._called_in = ()
+
+    def _held_by_callers(self) -> list[SafeFuture | None]:
+        """When all is over: what they have sent, and nobody else knows of."""
+        loans, self._loans = (*self._called_in, *self._loans), ()
+        with suppress(Exception):
+            self._lending.call_in(loans)
+        return [loan.takers[0] for loan in loans if loan.is_taken()]
 
     def _was_sent(self, loan: Loan, future: SafeFuture) -> None:
         end = monotonic() + CALLER_LIMIT_S
@@ -516,7 +531,7 @@ class Watchdog:
         self._events.append(e.SentDirectly(monotonic(), loan.of.worker, future._task))
         if loan.heard:
             self._links.hear(link)
-        if loan.is_complete():
+        if loan.is_complete() and loan.is_over():
             loan.forget()
         else:
             self._events.append(e.ChannelLost(monotonic(), loan.of.worker, "a caller could not send it all of a task"))
@@ -675,10 +690,6 @@ class Watchdog:
             elif isinstance(item, Launched) and isinstance(item.outcome, Link):
                 discard(item.outcome)
 
-    def _fail_all(self, error: PoolBroken) -> None:
-        self._call_in_loans()
-        self._pending.fail_all(error, tuple(self._mailbox))
-
     def _crashed(self, trouble: str) -> None:
         """A bug of ours, or of the system's: fail everything, loudly, with the evidence; kill every worker."""
         log = tuple(map(repr, tuple(self.event_log)))
@@ -688,12 +699,13 @@ class Watchdog:
         )
         self.broken = message
         tell_aside(CRITICAL, "safepool: %s", message)
+        held = self._held_by_callers()
         for link in tuple(self._links.by_worker.values()):
             try:
                 discard(link)
             except Exception as error:
                 tell_aside(CRITICAL, "safepool: while killing %r", link, error=error)
-        self._fail_all(PoolBroken(message, reason=trouble, event_log=log))
+        self._pending.fail_all(PoolBroken(message, reason=trouble, event_log=log), (*self._mailbox, *held))
         self._links.by_worker.clear()
         self.processes.clear()
         self._closed.set()

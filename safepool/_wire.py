@@ -159,11 +159,12 @@ class Board:
 
     So what is finished is not lost, and is not run again, if the worker dies before it has sent it.  A head: the
     number of the batch, how many parts of it were sent, whether a task of it runs, how many have ended since, and how
-    often it has asked for the token; then what they came to, marshalled, one after another.  That is written first,
-    the number last.
+    often it has asked for the token; of which batch the parent wants the rest, which it writes itself; then what they
+    came to, marshalled, one after another.  That is written first, the number last.
     """
 
-    HEAD = Struct("<QQQQQ")
+    HEAD = Struct("<QQQQQQ")
+    WANTED, WANTED_AT = Struct("<Q"), 40
     BYTES = 1 << 20
     MOST_AT_ONCE = 1 << 14  # nearly always that is all
 
@@ -189,7 +190,7 @@ class Board:
 
     def where(self) -> Where:
         """For the parent: how far is it?"""
-        return Where(*self.HEAD.unpack(self._read(self.HEAD.size, 0)))
+        return Where(*self.HEAD.unpack(self._read(self.HEAD.size, 0))[:-1])
 
 
 class FrameReader:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         def cancel(self, task: int, *, kill: bool = False, wait: bool = False, unsent: bool = False) -> None: ...
         def check(self) -> None: ...
         def hear(self, future: SafeFuture, limit_s: float) -> bool: ...
+        def post(self, act: Callable[[], None]) -> None: ...
         def deliver(self, job: Callable[[], object]) -> None: ...
         def is_fork(self) -> bool: ...
         def look(self, *, wait: bool) -> None: ...
@@ -422,7 +423,9 @@ class SafeFuture(Future["Any"]):
         """For whoever asks for it; with the record, if there may be another attempt."""
         if self._kind.is_judged or (not answer.ok and self._kind.options.retry is not None):
             self._made_record().answer = answer
-        else:
+        elif (
+            self._state not in _DONE
+        ):  # (one step with the next line: else it was loaded, and there is one result only)
             self._answer = answer
 
     def keep_result(self, body: bytes) -> None:
@@ -451,6 +454,9 @@ class SafeFuture(Future["Any"]):
 
     def answered(self) -> None:
         """With what was put there for it."""
+        if self._sync is None and self._state in _OPEN:  # nobody waits, and nobody comes between: one step
+            self._state, self._payload = FINISHED, None
+            return
         self._payload = None
         if self._end_for_all(FINISHED, failed=self._answer is not None and not self._answer.ok):
             self._invoke_callbacks()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from functools import partial
 
 from . import _events as e
@@ -13,11 +14,12 @@ from ._words import words_of
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any, Literal
+    from typing import Literal
 
     from ._watchdog import Observed
     from .future import SafeFuture
 
+    Deliver = Callable[[Callable[[], object]], None]
     What = Literal["returned", "failed", "cancelled", "retried", "worker started", "worker ended"]
 
 
@@ -47,8 +49,10 @@ class Teller:
     def __init__(self, on_event: Callable[[PoolEvent], object]) -> None:
         self._on_event = on_event
         self._fresh: list[PoolEvent] = []  # of this round of the watchdog
-        self._lock = threading.Lock()
-        self._due: list[PoolEvent] = []  # to be told
+        self._lock = threading.Lock()  # of the next two: the watchdog adds, the thread that calls takes
+        self._due: list[PoolEvent] = []
+        self._is_calling = False
+        self._unsent: deque[PoolEvent] = deque()  # added by any thread, a finalizer's too, without a lock
         self._why: dict[int, str] = {}  # of tasks whose retry policy is asked: what its last attempt came to
 
     def saw(self, event: e.Event, commands: Sequence[e.Command], pool: Observed) -> None:
@@ -76,10 +80,13 @@ class Teller:
 
     def unsent(self, future: SafeFuture, error: BaseException) -> None:
         """On the thread of whoever submitted it: the call could not be pickled."""
-        self._hand_on([PoolEvent("failed", 1, str(future), words_of(error))], future._home.deliver)
+        self._unsent.append(PoolEvent("failed", 1, str(future), words_of(error)))
+        future._home.post(_nothing)  # the watchdog comes round and hands it on
 
     def round_ended(self, pool: Observed) -> None:
         """All commands are carried out: whoever is told of a task finds it done."""
+        while self._unsent:
+            self._fresh.append(self._unsent.popleft())
         if self._fresh:
             fresh, self._fresh = self._fresh, []
             self._hand_on(fresh, pool.deliver)
@@ -107,19 +114,31 @@ class Teller:
     def _add(self, what: What, done: int) -> None:
         _put(self._fresh, PoolEvent(what, done))
 
-    def _hand_on(self, fresh: list[PoolEvent], deliver: Callable[[Callable[[], object]], None]) -> None:
+    def _hand_on(self, fresh: list[PoolEvent], deliver: Deliver) -> None:
         """A callback that is slower than the pool finds what has come meanwhile, summed up."""
         with self._lock:
-            is_idle = not self._due
             for event in fresh:
                 _put(self._due, event)
-        if is_idle:
-            deliver(partial(_tell_all, self._take, self._on_event))
+            was_calling, self._is_calling = self._is_calling, True
+        if not was_calling:
+            deliver(partial(self._call, deliver))
 
-    def _take(self) -> list[PoolEvent]:
+    def _call(self, deliver: Deliver) -> None:
+        """With one event: each is a job of its own, for the patience of who runs them."""
         with self._lock:
-            due, self._due = self._due, []
-            return due
+            event = self._due.pop(0)
+        try:
+            self._on_event(event)
+        except BaseException as error:  # SystemExit of one is not to keep it from the others
+            tell(ERROR, "exception calling on_event with %r", event, error=error)
+        with self._lock:
+            self._is_calling = bool(self._due)
+        if self._is_calling:
+            deliver(partial(self._call, deliver))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _put(events: list[PoolEvent], event: PoolEvent) -> None:
@@ -128,11 +147,3 @@ def _put(events: list[PoolEvent], event: PoolEvent) -> None:
         events[-1] = last._replace(done=last.done + event.done)
     else:
         events.append(event)
-
-
-def _tell_all(take: Callable[[], list[PoolEvent]], on_event: Callable[[PoolEvent], Any]) -> None:
-    for event in take():
-        try:
-            on_event(event)
-        except BaseException as error:  # SystemExit of one is not to keep it from the others
-            tell(ERROR, "exception calling on_event with %r", event, error=error)

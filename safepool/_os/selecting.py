@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import select
 import selectors
+from collections.abc import Callable
+
+NOTHING, READING = 0, getattr(select, "EPOLLIN", 0)
 
 if hasattr(selectors, "EpollSelector"):
 
     class Selector(selectors.EpollSelector):
-        """``pause`` and ``resume`` a descriptor, also while another thread waits.  Both raise ``OSError``."""
+        """``listen(fd, READING or NOTHING)``: what is told of it, from now on; also while another thread waits.
 
-        def pause(self, fd: int) -> None:
-            """No reading is told of any more; the end of the far side is."""
-            self._selector.modify(fd, 0)  # type: ignore[attr-defined]
+        One call, in C.  The end of the far side is told in any case.  Raises ``OSError`` and ``ValueError``.
+        """
 
-        def resume(self, fd: int) -> None:
-            self._selector.modify(fd, select.EPOLLIN)  # type: ignore[attr-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.listen: Callable[[int, int], None] = self._selector.modify  # type: ignore[attr-defined]
 
 else:
     Selector = selectors.DefaultSelector  # type: ignore[assignment,misc]

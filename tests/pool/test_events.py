@@ -184,3 +184,24 @@ def test_a_patch_may_tell(tmp_path: Any) -> None:
             assert list(executor.map(abs, range(-MANY, 0))) == list(range(MANY, 0, -1))
         assert patched.summary()["done"] == MANY
     assert done(seen) == {"returned": MANY}
+
+
+def test_many_slow_calls_are_no_stuck_one(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, in order, and all before shutdown returns, however long they take together."""
+    monkeypatch.setattr("safepool._side.PATIENCE_S", 0.4)
+    calls: list[int] = []
+    together: list[int] = []
+
+    def look(event: PoolEvent) -> None:
+        calls.append(1)
+        together.append(len(calls))
+        time.sleep(0.05)
+        calls.pop()
+
+    executor = pool(1, on_event=look)
+    futures = [executor.submit(divmod, n, 0) for n in range(20)]
+    wait(futures, LIMIT_S)
+    executor.shutdown()
+    assert len(together) >= 20
+    assert set(together) == {1}
+    assert not calls

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, as_completed, wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from safepool import CAPABILITIES, Retry, SafePoolExecutor, TaskTimeout, WorkerDied, _batches, _os, _together
+from safepool import _events as e
 from safepool._batches import SLOW_S, Calls, Journal
-from safepool._link import SURE_S, Link
+from safepool._launch import Processes
+from safepool._link import SURE_S, Heard, Link
+from safepool._links import Links
+from safepool._pending import Pending
 from safepool._wire import Board, plain, plain_in, token_of
 from tests.pool.test_deaths import error_of
 from tests.support import LIMIT_S, SLACK_S, until
@@ -315,12 +321,16 @@ class _OfAParent(Link):
         self._board, self._token = board, token
         self._sent = {1: _together.Futures(futures)}
         self._seen = None, 0.0
+        self._held = self._wanted = 0
 
 
 @pytest.mark.skipif("board" not in CAPABILITIES, reason="tasks do not share tickets here")
 @pytest.mark.parametrize("asks_again", [False, True])
 def test_a_token_of_a_later_task_is_worth_nothing(pool: MakePool, asks_again: bool) -> None:
-    """(a) The parent sees one task run for long, (b) it ends, and the token is there anew, (c) the parent takes it."""
+    """(a) The parent sees one task run for long, (b) it ends, and the token is there anew, (c) the parent takes it.
+
+    It keeps it, for what comes after the task that runs then.
+    """
     executor = pool(1)
     futures = [executor.submit(abs, n) for n in range(10)]
     board, token = _os.open_board(Board.BYTES), _os.open_token()
@@ -337,8 +347,107 @@ def test_a_token_of_a_later_task_is_worth_nothing(pool: MakePool, asks_again: bo
             if asks_again:
                 _os.put_token(token, token_of(1, 1))
             rest = link.take_rest(0.0)
+            later = rest
+            if asks_again:
+                journal.asked()
+                assert link.take_rest(0.0) == ()
+                time.sleep(2 * SURE_S)
+                later = link.take_rest(0.0)
             journal._head.release()
     finally:
         _os.close(board)
         _os.close(token)
-    assert rest == (() if asks_again else tuple(future._task for future in futures[4:]))
+    assert (rest == ()) is asks_again
+    assert later == tuple(future._task for future in futures[4:])
+
+
+@pytest.mark.skipif("board" not in CAPABILITIES, reason="tasks do not share tickets here")
+def test_only_what_was_seen_twice_counts(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(a) The parent reads the board, (b) it waits for its turn to run, (c) it looks at the clock: too late."""
+    futures = [pool(1).submit(abs, n) for n in range(10)]
+    board, token = _os.open_board(Board.BYTES), _os.open_token()
+    where = Link._where
+
+    def slow(link: Any) -> Any:
+        found = where(link)
+        time.sleep(2 * SURE_S)
+        return found
+
+    try:
+        with mmap.mmap(board.fileno(), Board.BYTES) as memory:
+            journal = Journal(memory)
+            link = _OfAParent(board, token, futures)
+            _os.put_token(token, token_of(1, 0))
+            journal.begin(1)
+            assert link.take_rest(0.0) == ()
+            monkeypatch.setattr(Link, "_where", slow)
+            assert link.take_rest(0.0) == ()
+            assert link.take_rest(0.0) == tuple(future._task for future in futures[1:])
+            journal._head.release()
+    finally:
+        _os.close(board)
+        _os.close(token)
+
+
+def test_a_board_says_first_that_it_is_of_no_batch() -> None:
+    """While it is turned: else a part that was sent seems to be one of which nothing has ended."""
+    stores: list[tuple[int, int]] = []
+
+    class Head(list[int]):
+        def __setitem__(self, at: Any, value: Any) -> None:
+            stores.append((at, value))
+
+    journal = Journal(bytearray(Board.BYTES))
+    journal._head = Head()
+    journal.begin(3)
+    assert stores[0] == (_batches.NUMBER, 0)
+    assert stores[-1] == (_batches.NUMBER, 3)
+
+
+def test_the_rest_is_returned_before_later_answers() -> None:
+    """Scenario 2 of ``_links``: the core takes answers in the order in which it has sent the tasks."""
+    events: deque[Any] = deque()
+    links = Links(events, Pending(), Processes())
+    heard = Heard(False, False, None, [1, 2, 9], [], None, 0.001, [], [3, 4], None)
+    link = SimpleNamespace(
+        hear=lambda **_: heard, worker=1, is_deaf=False, has_to_write=lambda: False, has_batch=lambda: False
+    )
+    links.hear(link)  # type: ignore[arg-type]
+    assert [(type(event), getattr(event, "tasks", None) or event.finished) for event in events] == [
+        (e.TakenBack, (3, 4)), (e.Received, (1, 2, 9)),
+    ]  # fmt: skip
+
+
+def leave_often(number: int) -> int:
+    if number % 10 == 0:
+        os.posix_spawn("/bin/sleep", ["sleep", "60"], os.environ)
+    return number
+
+
+@pytest.mark.skipif("keeper" not in CAPABILITIES, reason="there are no leftovers to be told of")
+def test_what_is_left_is_told_however_early_the_result_is_known(pool: MakePool) -> None:
+    """Scenario 1 of ``_links``: somebody looks at the board again and again."""
+    executor = pool(1)
+    for _ in range(5):
+        _warm(executor)
+        futures: list[Any] = [executor.submit(leave_often, n) for n in range(100)]
+        while not all(future.done() for future in futures):
+            executor._watchdog.look(wait=True)
+        assert [n for n, future in enumerate(futures) if future.leftovers] == list(range(0, 100, 10))
+
+
+def out_of_descriptors(number: int) -> int:
+    if number == AT:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        if os.fork() == 0:
+            time.sleep(60)
+    return number
+
+
+@pytest.mark.skipif("keeper" not in CAPABILITIES, reason="there are no leftovers to be told of")
+def test_a_worker_that_stops_after_a_task_has_not_begun_the_next(pool: MakePool) -> None:
+    """It cannot see what that has left, and ends: nobody is blamed for it."""
+    executor = pool(2)
+    _warm(executor)
+    futures = [executor.submit(out_of_descriptors, n) for n in range(MANY)]
+    assert [future.result(LIMIT_S) for future in futures] == list(range(MANY))
