@@ -47,6 +47,8 @@ class Calls(NamedTuple):
 class Journal:
     """What is written to the board: see ``_wire.Board``."""
 
+    __slots__ = ("_at", "_ended", "_head", "_memory", "_number", "_parts", "asks")
+
     def __init__(self, memory: Any) -> None:
         """``memory``: None if there is no board."""
         self._memory = memory

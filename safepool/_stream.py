@@ -74,13 +74,12 @@ class Stream:
         """The values in order, chunks opened; raises what an item raised, and ``Unfinished`` when ``end`` has come."""
         results, is_chunked = self.results, bool(self.how & CHUNK)
         try:
-            for at in range(len(results)):
-                value = results[at]
-                if value is absent:
-                    value = self._wait_for(at, end)
+            for at, found in enumerate(results):  # (it sees what is stored meanwhile: the list stays as long as it is)
+                value = found if found is not absent else self._wait_for(at, end)
                 # Nothing here holds a result while the user works with it.
                 results[at] = None
-                if type(value) is tuple or type(value) is Item:
+                kind = type(value)
+                if kind is tuple or kind is Item:
                     value = self._opened(at, value) if is_chunked else [self._opened(at, value)]
                     yield from emptied(value)
                 elif is_chunked:
