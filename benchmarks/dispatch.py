@@ -16,7 +16,7 @@ import psutil
 from benchmarks.clocks import Clock, Spent
 from benchmarks.latency import await_file, hold
 from benchmarks.machine import in_turns
-from benchmarks.pools import OURS, ExecutorPool, NotOffered, Pool, nothing, open_pool
+from benchmarks.pools import OURS, ExecutorPool, NotOffered, Pool, nap, nothing, open_pool
 
 Figures = dict[str, float]
 
@@ -34,7 +34,7 @@ def warm(name: str, workers: int) -> Pool:
 
 
 def warm_up(pool: Pool, workers: int) -> None:
-    for handle in [pool.post(sleep, WARM_S) for _ in range(workers)]:
+    for handle in [pool.post(nap, WARM_S) for _ in range(workers)]:
         pool.answer(handle)
     for handle in [pool.post(nothing, number) for number in range(WARM)]:
         pool.answer(handle)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
+from time import sleep
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,6 +28,11 @@ POOLS: dict[str, str | None] = {
 }
 STARTS = ("default", "fork", "spawn", "forkserver")
 TAKES_START = (STOCK, OURS, "loky", "pebble", "deadpool", "mp.Pool", "mpire")
+
+
+def nap(seconds: float) -> None:
+    """Whoever has run it has this module, too."""
+    sleep(seconds)
 
 
 def nothing(number: int) -> int:

@@ -137,9 +137,14 @@ class Link:
         """Of what is written to."""
         return self._channel.fileno()
 
-    def takes_batches(self) -> bool:
-        """False: descriptors are short, or it is not Linux, and tasks go one at a time."""
+    def takes_batches(self, count: int, least: int) -> bool:
+        """One of ``count`` tasks, or (the first) of ``least``.
+
+        False: descriptors are short, or it is not Linux; then tasks go one at a time.
+        """
         if self._tickets is None or "board" not in _os.CAPABILITIES:
+            return False
+        if self._token is None and count < least:
             return False
         if self._token is None:
             try:

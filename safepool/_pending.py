@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ._link import Link
     from ._packets import Left
 
+#: So many calls at once, and not before, are worth what a worker's first batch takes: descriptors, shared memory.
+WORTH_A_BOARD = 100
+
 #: What is submitted: one task, or many.
 Work = SafeFuture | Stream
 
@@ -62,7 +65,8 @@ class Pending:
         ``together``: how many may have one ticket, if the worker takes batches.
         """
         claimed: list[SafeFuture | Batch] = []
-        if together > 1 and (len(tasks) == 1 or link is None or not link.takes_batches()):
+        least = 2 if self._streams else WORTH_A_BOARD
+        if together > 1 and (len(tasks) == 1 or link is None or not link.takes_batches(len(tasks), least)):
             together = 1
         going = 0
         for stream, some in self._by_stream(tasks) if self._streams else ((None, tasks),):

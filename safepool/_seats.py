@@ -132,8 +132,9 @@ class Seats:
 
     def _forget_like(self, tasks: Sequence[int]) -> None:
         if self._like:
+            pop = self._like.pop
             for task in tasks:
-                self._like.pop(task, None)
+                pop(task, None)
 
     def _forget_queue(self) -> None:
         """All that is in it is settled."""

@@ -44,6 +44,10 @@ class Side:
                 if self._thread is None and not self._closed:
                     self._start()
 
+    @property
+    def is_standing_by(self) -> bool:
+        return self._thread is not None
+
     def put(self, job: Job) -> None:
         with self._changed:
             self._jobs.append(job)

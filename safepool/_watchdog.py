@@ -176,7 +176,7 @@ class Watchdog:
         if self._loans and type(future._payload) is tuple and future._kind.is_plain and self._send_directly(future):
             return
         self._mailbox.append(future)
-        if future._kind.options.retry is not None:
+        if future._kind.options.retry is not None and not self._judges.is_standing_by:
             with suppress(RuntimeError):  # it is tried again when there is something to ask
                 self._judges.stand_by()
         if self.thread is None:

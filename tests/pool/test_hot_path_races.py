@@ -218,5 +218,5 @@ def test_a_board_without_a_token_is_not_made_again(pool: MakePool, monkeypatch: 
     monkeypatch.setattr(_link._os, "open_token", refuse)
     monkeypatch.setattr(link, "_token", None)
     monkeypatch.setattr(link, "_board", None)
-    assert not any(link.takes_batches() for _ in range(3))
+    assert not any(link.takes_batches(2, 2) for _ in range(3))
     assert len(set(made)) == 1
