@@ -21,7 +21,8 @@ from benchmarks.pools import OURS, ExecutorPool, NotOffered, Pool, nap, nothing,
 Figures = dict[str, float]
 
 WARM = 100
-WARM_S = 0.2  # all workers are busy for so long, so all of them have been started
+WARM_S = 0.2  # all workers are busy for so long, and a bit longer for each, so all of them have been started
+EACH_S = 0.015
 REST_S = 0.1
 PASSES = 6  # of what is compared within one process
 
@@ -34,7 +35,7 @@ def warm(name: str, workers: int) -> Pool:
 
 
 def warm_up(pool: Pool, workers: int) -> None:
-    for handle in [pool.post(nap, WARM_S) for _ in range(workers)]:
+    for handle in [pool.post(nap, WARM_S + workers * EACH_S) for _ in range(workers)]:
         pool.answer(handle)
     for handle in [pool.post(nothing, number) for number in range(WARM)]:
         pool.answer(handle)
