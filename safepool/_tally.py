@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from . import _events as e
+from ._stream import Item
 from ._summary import COUNTS, MOST_TOLD
 from ._watchdog import Observed
 from ._words import words_of
@@ -130,7 +131,7 @@ class PoolTally:
             self._tally.add(cancelled=1)
         else:
             future = pool.one(task)
-            self._tally.add_failure(future, "" if type(future) is SafeFuture else e.WORDS[failure.kind])
+            self._tally.add_failure(future, e.WORDS[failure.kind] if isinstance(future, Item) else "")
 
     def _lost(self, failure: e.Failure) -> None:
         """An attempt came to nothing."""

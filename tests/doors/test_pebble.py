@@ -280,3 +280,16 @@ print("bye")
     assert (done.returncode, done.stdout) == (0, "bye\n")
     assert monotonic() - began < 15
     sleep(0)
+
+
+def test_the_summary_has_the_words_of_the_error() -> None:
+    """Of a task of Pebble's pool as of any other: the exit status of its worker, say."""
+    with safepool.patch(summary=False) as patched:
+        pool = pebble.ProcessPool(1)
+        future = pool.schedule(os._exit, args=(3,))
+        assert isinstance(future.exception(LIMIT_S), pebble.ProcessExpired)
+        pool.close()
+        pool.join(LIMIT_S)
+        (failure,) = patched.summary()["failures"]
+    assert failure["task"] == str(future)
+    assert "exit code 3" in failure["why"]
