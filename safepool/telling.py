@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     What = Literal["returned", "failed", "cancelled", "retried", "worker started", "worker ended"]
 
 
+LOCK_LIMIT_S = 1.0
 SUMMED_UP = ("returned", "cancelled")
 
 
@@ -87,7 +88,9 @@ class Teller:
         """All commands are carried out: whoever is told of a task finds it done."""
         while self._unsent:
             self._fresh.append(self._unsent.popleft())
-        if self._fresh:
+        # Scenario 1: (a) the thread that calls has the lock, (b) the collector runs a finalizer there that waits for
+        # the pool.  Then this goes with what comes next.
+        if self._fresh and self._lock.acquire(timeout=LOCK_LIMIT_S):
             fresh, self._fresh = self._fresh, []
             self._hand_on(fresh, pool.deliver)
 
@@ -115,11 +118,13 @@ class Teller:
         _put(self._fresh, PoolEvent(what, done))
 
     def _hand_on(self, fresh: list[PoolEvent], deliver: Deliver) -> None:
-        """A callback that is slower than the pool finds what has come meanwhile, summed up."""
-        with self._lock:
+        """The lock is held.  A callback that is slower than the pool finds what has come meanwhile, summed up."""
+        try:
             for event in fresh:
                 _put(self._due, event)
             was_calling, self._is_calling = self._is_calling, True
+        finally:
+            self._lock.release()
         if not was_calling:
             deliver(partial(self._call, deliver))
 

@@ -205,3 +205,16 @@ def test_many_slow_calls_are_no_stuck_one(pool: MakePool, monkeypatch: pytest.Mo
     assert len(together) >= 20
     assert set(together) == {1}
     assert not calls
+
+
+def test_whoever_has_the_lock_holds_up_nothing(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenario 1 of ``telling``: the pool goes on, and what it could not hand on is told with what comes next."""
+    monkeypatch.setattr("safepool.telling.LOCK_LIMIT_S", 0.05)
+    seen: list[PoolEvent] = []
+    executor = pool(1, on_event=seen.append)
+    (teller,) = executor._watchdog.observers
+    with teller._lock:  # type: ignore[attr-defined]
+        assert [executor.submit(tasks.echo, n).result(LIMIT_S) for n in range(5)] == list(range(5))
+    assert executor.submit(tasks.echo, 5).result(LIMIT_S) == 5
+    executor.shutdown()
+    assert done(seen) == {"returned": 6}
