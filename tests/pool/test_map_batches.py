@@ -19,30 +19,12 @@ import pytest
 from safepool import PoolTerminated, Retry, SafePoolExecutor, TaskTimeout, WorkerDied, _stream
 from safepool._unpack import ONE
 from tests.pool import tasks
+from tests.pool.runs import log, note, noted  # noqa: F401  (the first is a fixture)
 from tests.support import LIMIT_S, is_gone, until
 
 MakePool = Callable[..., SafePoolExecutor]
 MANY = 3_000
 AT = 1_700  # the item that is special
-
-_log: int | None = None  # in a worker: where it notes what it runs
-
-
-def _note(number: int) -> None:
-    global _log
-    if _log is None:
-        _log = os.open(os.environ["SAFEPOOL_TEST_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.write(_log, b"%-15d\n" % number)
-
-
-def _noted() -> Counter[int]:
-    path = Path(os.environ["SAFEPOOL_TEST_LOG"])
-    return Counter(map(int, path.read_text().split() if path.exists() else ()))
-
-
-@pytest.fixture(autouse=True)
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAFEPOOL_TEST_LOG", str(tmp_path / "log"))
 
 
 @pytest.fixture
@@ -63,7 +45,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def die_at(number: int) -> int:
-    _note(number)
+    note(number)
     if number == AT:
         os._exit(7)
     return number
@@ -111,8 +93,8 @@ def test_a_death_costs_one_item_and_none_runs_twice(pool: MakePool, context: Any
     assert f"item {AT} of map over die_at" in str(error)
     assert max(batches) > 1
     executor.shutdown()
-    assert set(_noted().values()) == {1}
-    assert set(_noted()) >= set(range(AT + 1))
+    assert set(noted().values()) == {1}
+    assert set(noted()) >= set(range(AT + 1))
 
 
 def test_the_rest_of_a_batch_is_done_by_others(pool: MakePool, batches: list[int]) -> None:
@@ -123,7 +105,7 @@ def test_the_rest_of_a_batch_is_done_by_others(pool: MakePool, batches: list[int
     until(lambda: stream.left == 0, "all are settled")
     lost = [at for at, value in enumerate(stream.results) if value != at]
     assert lost == [AT]
-    assert _noted() == Counter(range(MANY))
+    assert noted() == Counter(range(MANY))
     assert max(batches) > 1
 
 
@@ -162,8 +144,8 @@ def test_a_death_costs_one_chunk_and_no_item_runs_twice(pool: MakePool, batches:
     assert f"chunk {AT // CHUNK} of map over die_at" in str(error)
     assert max(batches) > 1
     executor.shutdown()
-    assert set(_noted().values()) == {1}
-    assert set(_noted()) >= set(range(AT + 1))
+    assert set(noted().values()) == {1}
+    assert set(noted()) >= set(range(AT + 1))
 
 
 @pytest.mark.parametrize("chunksize", [1, 4])
@@ -172,7 +154,7 @@ def test_a_generator_may_wait_for_what_an_earlier_task_does(pool: MakePool, tmp_
 
     def numbers() -> Iterator[int]:
         yield from range(100)
-        until(lambda: len(_noted()) == 100, "those before it are run")
+        until(lambda: len(noted()) == 100, "those before it are run")
         yield from range(100, 120)
 
     assert list(pool(2).map(die_at, numbers(), chunksize=chunksize)) == list(range(120))
@@ -237,7 +219,7 @@ def test_a_death_after_some_parts_have_come(pool: MakePool) -> None:
 
 
 def hold_at(number: int, gate: str) -> int:
-    _note(number)
+    note(number)
     if number == AT:
         tasks.wait_for(Path(gate))
     return number
@@ -249,10 +231,10 @@ def test_one_that_takes_long_holds_up_no_other(pool: MakePool, tmp_path: Path, b
     gate = tmp_path / "gate"
     results = executor.map(hold_at, range(MANY), [str(gate)] * MANY)
     assert list(islice(results, AT)) == list(range(AT))
-    until(lambda: len(_noted()) == MANY, "all others are done meanwhile")
+    until(lambda: len(noted()) == MANY, "all others are done meanwhile")
     gate.touch()
     assert list(results) == list(range(AT, MANY))
-    assert _noted() == Counter(range(MANY))
+    assert noted() == Counter(range(MANY))
     assert max(batches) > 1
 
 
@@ -278,11 +260,11 @@ def test_leaving_the_iterator_cancels_what_has_not_begun(pool: MakePool, tmp_pat
     assert list(islice(results, 10)) == list(range(10))
     results.close()  # type: ignore[attr-defined]
     executor.shutdown()
-    assert len(_noted()) < MANY // 2
+    assert len(noted()) < MANY // 2
 
 
 def note_slowly(number: int) -> int:
-    _note(number)
+    note(number)
     time.sleep(0.001)
     return number
 
@@ -345,8 +327,8 @@ def test_a_limit_costs_one_item(pool: MakePool) -> None:
 
 
 def die_once(number: int) -> int:
-    _note(number)
-    if number == AT and _noted()[number] == 1:
+    note(number)
+    if number == AT and noted()[number] == 1:
         os._exit(7)
     return number
 
@@ -355,7 +337,7 @@ def test_a_retry_policy_is_for_each_item(pool: MakePool) -> None:
     """The one that took its worker down is tried again; no other is."""
     executor = pool(2)
     assert list(executor.options(retry=Retry(attempts=2)).map(die_once, range(MANY))) == list(range(MANY))
-    assert _noted() == Counter(range(MANY)) + Counter([AT])
+    assert noted() == Counter(range(MANY)) + Counter([AT])
 
 
 def test_maps_of_many_threads_at_once(pool: MakePool) -> None:

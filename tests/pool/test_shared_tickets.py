@@ -8,8 +8,9 @@ import resource
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed, wait
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,31 +25,13 @@ from safepool._link import SURE_S, Heard, Link
 from safepool._links import Links
 from safepool._pending import Pending
 from safepool._wire import Board, plain, plain_in, token_of
+from tests.pool.runs import log, note, noted  # noqa: F401  (the first is a fixture)
 from tests.pool.test_deaths import error_of
 from tests.support import LIMIT_S, SLACK_S, until
 
 MakePool = Callable[..., SafePoolExecutor]
 MANY = 2_000
 AT = 700  # the task that is special
-
-_log: int | None = None  # in a worker: where it notes what it runs
-
-
-def _note(number: int) -> None:
-    global _log
-    if _log is None:
-        _log = os.open(os.environ["SAFEPOOL_TEST_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.write(_log, b"%-15d\n" % number)
-
-
-def _noted() -> Counter[int]:
-    path = Path(os.environ["SAFEPOOL_TEST_LOG"])
-    return Counter(map(int, path.read_text().split() if path.exists() else ()))
-
-
-@pytest.fixture(autouse=True)
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAFEPOOL_TEST_LOG", str(tmp_path / "log"))
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +51,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def die_at(number: int) -> int:
-    _note(number)
+    note(number)
     if number == AT:
         os._exit(7)
     return number
@@ -86,7 +69,7 @@ def list_at(number: int) -> Any:
 
 def wait_at(number: int, at: int, gate: str) -> int:
     """That one waits until there is a file ``gate``."""
-    _note(number)
+    note(number)
     end = time.monotonic() + LIMIT_S
     while number == at and not os.path.exists(gate) and time.monotonic() < end:
         time.sleep(0.001)
@@ -134,7 +117,7 @@ def test_a_death_costs_one_and_none_runs_twice(pool: MakePool, context: Any, siz
     assert error.exitcode == 7
     assert str(futures[AT]) in str(error)
     assert [f.result(LIMIT_S) for n, f in enumerate(futures) if n != AT] == [n for n in range(MANY) if n != AT]
-    assert _noted() == Counter(range(MANY))
+    assert noted() == Counter(range(MANY))
     assert max(sizes) > 20
 
 
@@ -164,7 +147,7 @@ def test_who_is_slow_holds_up_nobody(pool: MakePool, sizes: list[int], tmp_path:
     assert not gate.exists()
     gate.touch()
     assert futures[AT].result(LIMIT_S) == AT
-    assert _noted() == Counter(range(MANY))
+    assert noted() == Counter(range(MANY))
     assert max(sizes) > 20
 
 
@@ -192,7 +175,7 @@ def test_cancel_reaches_what_shares_a_ticket(pool: MakePool, sizes: list[int], t
     wait(futures, LIMIT_S)
     executor.shutdown()
     assert all(futures[n].cancelled() for n in cancelled)
-    assert _noted() == Counter(set(range(MANY)).difference(cancelled))
+    assert noted() == Counter(set(range(MANY)).difference(cancelled))
 
 
 def test_what_waits_behind_a_slow_one_can_be_cancelled(pool: MakePool, tmp_path: Path) -> None:
@@ -208,8 +191,8 @@ def test_what_waits_behind_a_slow_one_can_be_cancelled(pool: MakePool, tmp_path:
         wait(futures, LIMIT_S)
         gate.unlink()
     executor.shutdown()
-    assert _noted()[99] == 0
-    assert _noted()[98] == 20
+    assert noted()[99] == 0
+    assert noted()[98] == 20
 
 
 def test_kill_hits_the_one_that_runs(pool: MakePool, tmp_path: Path) -> None:
@@ -221,7 +204,7 @@ def test_kill_hits_the_one_that_runs(pool: MakePool, tmp_path: Path) -> None:
     assert futures[AT].kill()
     until(futures[AT].cancelled, "it is cancelled")
     assert sum(future.result(LIMIT_S) for n, future in enumerate(futures) if n != AT) == sum(range(MANY)) - AT
-    assert _noted() == Counter(range(MANY))
+    assert noted() == Counter(range(MANY))
 
 
 def test_a_timeout_hits_the_one_that_is_slow(pool: MakePool, tmp_path: Path) -> None:
@@ -232,7 +215,7 @@ def test_a_timeout_hits_the_one_that_is_slow(pool: MakePool, tmp_path: Path) -> 
     futures = [limited.submit(wait_at, n, AT, str(gate)) for n in range(MANY)]
     assert type(error_of(futures[AT])) is TaskTimeout
     assert sum(future.result(LIMIT_S) for n, future in enumerate(futures) if n != AT) == sum(range(MANY)) - AT
-    assert _noted() == Counter(range(MANY))
+    assert noted() == Counter(range(MANY))
 
 
 def test_each_has_attempts_of_its_own(pool: MakePool, sizes: list[int], tmp_path: Path) -> None:
@@ -314,6 +297,22 @@ def test_no_time_lies_between_two_tasks() -> None:
     assert plain_in(body) == [0]
 
 
+@contextmanager
+def _a_board() -> Iterator[tuple[Any, Any, Journal]]:
+    """A board, the token of the batch 1 and the worker's journal."""
+    board, token = _os.open_board(Board.BYTES), _os.open_token()
+    try:
+        with mmap.mmap(board.fileno(), Board.BYTES) as memory:
+            journal = Journal(memory)
+            _os.put_token(token, token_of(1, 0))
+            journal.begin(1)
+            yield board, token, journal
+            journal._head.release()
+    finally:
+        _os.close(board)
+        _os.close(token)
+
+
 class _OfAParent(Link):
     """The parent's side of a worker that this test plays."""
 
@@ -333,30 +332,21 @@ def test_a_token_of_a_later_task_is_worth_nothing(pool: MakePool, asks_again: bo
     """
     executor = pool(1)
     futures = [executor.submit(abs, n) for n in range(10)]
-    board, token = _os.open_board(Board.BYTES), _os.open_token()
-    try:
-        with mmap.mmap(board.fileno(), Board.BYTES) as memory:
-            journal = Journal(memory)
-            link = _OfAParent(board, token, futures)
-            _os.put_token(token, token_of(1, 0))
-            journal.begin(1)
-            for n in range(3):
-                assert journal.add(plain(n))
+    with _a_board() as (board, token, journal):
+        link = _OfAParent(board, token, futures)
+        for n in range(3):
+            assert journal.add(plain(n))
+        assert link.take_rest(0.0) == ()
+        time.sleep(2 * SURE_S)
+        if asks_again:
+            _os.put_token(token, token_of(1, 1))
+        rest = link.take_rest(0.0)
+        later = rest
+        if asks_again:
+            journal.asked()
             assert link.take_rest(0.0) == ()
             time.sleep(2 * SURE_S)
-            if asks_again:
-                _os.put_token(token, token_of(1, 1))
-            rest = link.take_rest(0.0)
-            later = rest
-            if asks_again:
-                journal.asked()
-                assert link.take_rest(0.0) == ()
-                time.sleep(2 * SURE_S)
-                later = link.take_rest(0.0)
-            journal._head.release()
-    finally:
-        _os.close(board)
-        _os.close(token)
+            later = link.take_rest(0.0)
     assert (rest == ()) is asks_again
     assert later == tuple(future._task for future in futures[4:])
 
@@ -365,7 +355,6 @@ def test_a_token_of_a_later_task_is_worth_nothing(pool: MakePool, asks_again: bo
 def test_only_what_was_seen_twice_counts(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """(a) The parent reads the board, (b) it waits for its turn to run, (c) it looks at the clock: too late."""
     futures = [pool(1).submit(abs, n) for n in range(10)]
-    board, token = _os.open_board(Board.BYTES), _os.open_token()
     where = Link._where
 
     def slow(link: Any) -> Any:
@@ -373,20 +362,12 @@ def test_only_what_was_seen_twice_counts(pool: MakePool, monkeypatch: pytest.Mon
         time.sleep(2 * SURE_S)
         return found
 
-    try:
-        with mmap.mmap(board.fileno(), Board.BYTES) as memory:
-            journal = Journal(memory)
-            link = _OfAParent(board, token, futures)
-            _os.put_token(token, token_of(1, 0))
-            journal.begin(1)
-            assert link.take_rest(0.0) == ()
-            monkeypatch.setattr(Link, "_where", slow)
-            assert link.take_rest(0.0) == ()
-            assert link.take_rest(0.0) == tuple(future._task for future in futures[1:])
-            journal._head.release()
-    finally:
-        _os.close(board)
-        _os.close(token)
+    with _a_board() as (board, token, _):
+        link = _OfAParent(board, token, futures)
+        assert link.take_rest(0.0) == ()
+        monkeypatch.setattr(Link, "_where", slow)
+        assert link.take_rest(0.0) == ()
+        assert link.take_rest(0.0) == tuple(future._task for future in futures[1:])
 
 
 def test_a_board_says_first_that_it_is_of_no_batch() -> None:
