@@ -252,12 +252,13 @@ def test_an_initializer_that_exits_breaks_the_pool(pool: MakePool, context: Any)
 
 
 class Refusal:
-    """A start context whose processes cannot be started."""
+    """A start context whose processes cannot be started, once a launch may be tried at all."""
 
     def __init__(self, error: Exception) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._error = error
         self.starts = 0
+        self.may_start = threading.Event()
 
     def get_start_method(self, allow_none: bool = False) -> str:
         return "spawn"
@@ -269,6 +270,7 @@ class Refusal:
 
     def _refuse(self) -> None:
         self.starts += 1
+        assert self.may_start.wait(BREAK_S)
         raise self._error
 
 
@@ -280,7 +282,9 @@ def test_a_system_that_starts_no_process_breaks_the_pool(pool: MakePool, error: 
     refusal = Refusal(error)
     executor = pool(2, refusal)
     began = monotonic()
-    for future in [executor.submit(tasks.echo, n) for n in range(3)]:
+    futures = [executor.submit(tasks.echo, n) for n in range(3)]
+    refusal.may_start.set()  # a pool that is broken before all are submitted refuses the rest
+    for future in futures:
         assert type(error_of(future)) is WorkerStartError
         assert "no process for you" in str(error_of(future))
     assert monotonic() - began < BREAK_S
