@@ -18,6 +18,7 @@ looks at how often it was asked for: one that was put there since is of a later 
 from __future__ import annotations
 
 from functools import partial
+from marshal import dumps
 from time import perf_counter
 
 from . import _unpack, _wire
@@ -28,10 +29,8 @@ from ._wire import Board, Frame
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from mmap import mmap
     from typing import Any
-
-    Outcome = Any  # a plain value; or, not plain, (did it return, what is pickled)
-
 
 SLOW_S = 0.002
 NUMBER, PARTS, RUNS, ENDED, ASKS, WANTED = range(6)  # of the head of a board: see ``_wire.Board``
@@ -45,17 +44,20 @@ class Calls(NamedTuple):
 
 
 class Journal:
-    """What is written to the board: see ``_wire.Board``."""
+    """What is written to the board: see ``_wire.Board``.  ``run`` writes what each task came to, then its count.
 
-    __slots__ = ("_at", "_ended", "_head", "_memory", "_number", "_parts", "asks")
+    ``write(told)`` raises ``ValueError`` if there is no room; then nothing has happened.
+    """
 
-    def __init__(self, memory: Any) -> None:
-        """``memory``: None if there is no board."""
+    __slots__ = ("_memory", "_number", "_parts", "asks", "head", "write")
+
+    def __init__(self, memory: mmap | None) -> None:
+        """``memory``: None if there is no board; then what is written is lost."""
         self._memory = memory
-        self._head: Any = None if memory is None else memoryview(memory)[: Board.HEAD.size].cast("Q")
-        self._number = self._parts = self._ended = 0
+        self.write: Callable[[bytes], object] = len if memory is None else memory.write
+        self.head: Any = [0] * 6 if memory is None else memoryview(memory)[: Board.HEAD.size].cast("Q")
+        self._number = self._parts = 0
         self.asks = 0  # for the token of this batch
-        self._at = Board.HEAD.size
 
     def begin(self, number: int) -> None:
         """A batch."""
@@ -67,44 +69,28 @@ class Journal:
     def turn(self) -> None:
         """A part was sent: what follows is of the next one."""
         self._parts += 1
-        self._ended = 0
-        self._at = Board.HEAD.size
+        # Scenario 1: (a) the parent reads the head, (b) this begins another batch, (c) the parent reads what its
+        # tasks came to, for those of the old one.  So each field is one store, the number comes last, and the
+        # parent looks at it again.
+        head = self.head
+        head[NUMBER] = head[ENDED] = 0
+        head[PARTS], head[RUNS], head[ASKS] = self._parts, 1, self.asks
+        head[NUMBER] = self._number
         if self._memory is not None:
-            # Scenario 1: (a) the parent reads the head, (b) this begins another batch, (c) the parent reads what its
-            # tasks came to, for those of the old one.  So each field is one store, the number comes last, and the
-            # parent looks at it again.
-            head = self._head
-            head[NUMBER] = head[ENDED] = 0
-            head[PARTS], head[RUNS], head[ASKS] = self._parts, 1, self.asks
-            head[NUMBER] = self._number
-
-    def add(self, told: bytes) -> bool:
-        """False: there is no room, and nothing has happened."""
-        if self._memory is None:
-            return True
-        end = self._at + len(told)
-        if end > Board.BYTES:
-            return False
-        self._memory[self._at : end] = told
-        self._at = end
-        self._ended = ended = self._ended + 1
-        self._head[ENDED] = ended
-        return True
+            self._memory.seek(Board.HEAD.size)
 
     def asked(self) -> None:
         """For the token, which is there anew."""
         self.asks += 1
-        if self._memory is not None:
-            self._head[ASKS] = self.asks
+        self.head[ASKS] = self.asks
 
     def is_wanted(self) -> bool:
         """Does the parent want the rest of this batch?"""
-        return self._memory is not None and self._head[WANTED] == self._number
+        return bool(self.head[WANTED] == self._number)
 
     def stop(self) -> None:
         """No other task of the batch is begun."""
-        if self._memory is not None:
-            self._head[RUNS] = 0
+        self.head[RUNS] = 0
 
 
 def run(
@@ -130,13 +116,14 @@ def run(
     has_one, is_chunk = bool(how & (ONE | CHUNK)), bool(how & CHUNK)
     if is_chunk:
         fn = partial(many, fn, has_one=bool(how & ONE))
-    outcomes: list[Outcome] = []
-    keep, tell, small = journal.add, _wire.plain, _unpack.SMALL
+    told: list[bytes] = []  # of each a plain value; or, if it is none, (did it return, what is pickled)
+    small, version = _unpack.SMALL, _wire.VERSION
     pickled = _unpack.dumps_result if send_big is None else _unpack.dumps_big_result
+    write, head, ended = journal.write, journal.head, 0
+    part = _wire.PART
     began = before = perf_counter()
     journal.begin(number)  # (after that: see Scenario 2)
     for args in arguments:
-        part = _wire.PART
         try:
             outcome = fn(args) if has_one else fn(*args)
             if type(outcome) not in small and not (is_chunk and _unpack.are_small(outcome)):
@@ -147,23 +134,33 @@ def run(
         except BaseException as error:
             outcome = False, failure(error)
             BaseException.with_traceback(error, None)  # its frames hold the arguments
-        told = tell(outcome)
-        outcomes.append(outcome)
-        is_tidy = perf_counter() - before < shortest_s or tidy_up(len(outcomes) - 1)
-        if part == _wire.BIG_PART or not keep(told):
-            send(Frame(part, number, perf_counter() - began, tell(outcomes)))
-            outcomes = []
+        told.append(dumps(outcome, version))
+        is_tidy = perf_counter() - before < shortest_s or tidy_up(ended)
+        is_part = part == _wire.BIG_PART
+        if not is_part:
+            try:
+                write(told[-1])
+            except ValueError:
+                is_part = True
+            else:
+                ended += 1
+                head[ENDED] = ended
+        if is_part:
+            send(Frame(part, number, perf_counter() - began, _wire.plain_list(told)))
+            told = []
+            ended = 0
+            part = _wire.PART
             journal.turn()
             began = perf_counter()
         if not is_tidy:
             journal.stop()
-            return _wire.PART, perf_counter() - began, tell(outcomes), False
+            return _wire.PART, perf_counter() - began, _wire.plain_list(told), False
         now = perf_counter()
         run_s, before = now - before, now
         if run_s >= shortest_s and (run_s >= SLOW_S or journal.is_wanted()) and not may_go_on():
             journal.stop()
             break
-    return _wire.PLAIN, perf_counter() - began, tell(outcomes), True
+    return _wire.PLAIN, perf_counter() - began, _wire.plain_list(told), True
 
 
 def many(fn: Callable[..., Any], arguments: list[Any], *, has_one: bool) -> list[Any]:

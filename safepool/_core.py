@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 
 from . import _events as e
 from ._events import STALL, Command, Event, Failure
-from ._records import Task, Worker
+from ._records import Task, Worker, popped
 from ._seats import Seats
 from ._tables import POOL_EDGES, IllegalTransition, PoolState, TaskState, WorkerState
 from ._timers import always
@@ -276,7 +276,7 @@ class Core(Seats):
         worker.quiet_since = self._now
         finished: Sequence[int] = event.finished
         if len(finished) <= len(sent) and not (event.raised and self._like):
-            heads = [sent.popleft() for _ in finished]
+            heads = popped(sent, len(finished))
             if tuple(heads) == finished:  # all plain, as nearly always: nothing else need be known of them
                 worker.begun = False
                 self._forget_like(finished)

@@ -147,7 +147,7 @@ class Pending:
         futures = self.futures
         if max(tasks) >= FIRST_ITEM:
             # (Items know it since their answer came; the last of their stream may have come since, and it is gone.)
-            tasks = () if min(tasks) >= FIRST_ITEM else tuple(task for task in tasks if task < FIRST_ITEM)
+            tasks = tuple([task for task in tasks if task < FIRST_ITEM]) if futures else ()
         self._forget_streams()
         ended = [futures[task] for task in tasks]
         answered = []

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import _events as e
 from ._events import Command
-from ._records import Task, Worker
+from ._records import Task, Worker, popped
 from ._tables import TASK_EDGES, WORKER_EDGES, IllegalTransition, PoolState, TaskState, WorkerState
 from ._timers import Timers, always
 from .policy import PoolPolicy
@@ -210,8 +210,7 @@ class Seats:
         if self._known_in_queue or self._withdrawn:
             batch = self._take(worker, most)
         else:
-            pop = self._queue.popleft
-            batch = [pop() for _ in range(min(most, len(self._queue)))]  # type: ignore[misc]
+            batch = popped(self._queue, min(most, len(self._queue)))
             worker.sent.extend(batch)
             self._queued -= len(batch)
         if batch:

@@ -20,7 +20,7 @@ from .future import LOOK_AFTER_S, Kind, SafeFuture
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from typing import Any
 
     from .future import Home
@@ -51,7 +51,10 @@ class Stream:
     )  # fmt: skip
 
     def __init__(self, home: Home, kind: Kind, calls: list[Any], how: int, *, is_observed: bool = False) -> None:
-        """``calls``: the arguments of each; ``how``: ``ONE``, its only argument; ``CHUNK``: those of many make one."""
+        """``calls``: the arguments of each; ``how``: ``ONE``, its only argument; ``CHUNK``: those of many make one.
+
+        A chunk of a ``range`` is one.
+        """
         self.calls = calls
         self.how = how
         self.first = next(_blocks) * BLOCK
@@ -72,21 +75,30 @@ class Stream:
 
     def outcomes(self, end: float | None) -> Iterator[Any]:
         """The values in order, chunks opened; raises what an item raised, and ``Unfinished`` when ``end`` has come."""
+        settled = self._settled(end)
+        return flat(settled) if self.how & CHUNK else settled
+
+    def _settled(self, end: float | None) -> Generator[Any]:
+        """Of a chunk: what gives its values."""
         results, is_chunked = self.results, bool(self.how & CHUNK)
+        value: Any = None
         try:
             for at, found in enumerate(results):  # (it sees what is stored meanwhile: the list stays as long as it is)
                 value = found if found is not absent else self._wait_for(at, end)
                 # Nothing here holds a result while the user works with it.
                 results[at] = None
                 kind = type(value)
-                if kind is tuple or kind is Item:
-                    value = self._opened(at, value) if is_chunked else [self._opened(at, value)]
-                    yield from emptied(value)
-                elif is_chunked:
-                    yield from value
-                else:
+                if kind is not tuple and kind is not Item:
                     yield value
+                elif is_chunked:
+                    value = self._opened(at, value)
+                    yield emptied(value)
+                else:
+                    value = [self._opened(at, value)]
+                    yield value.pop()
         finally:
+            if is_chunked and type(value) is list:
+                value.clear()  # ``flat`` was closed within a chunk
             self.is_unwanted = True
             if self.left:
                 self._home.cancel_range(self.first, self.last)
@@ -198,7 +210,9 @@ class Items(Batch):
 
     @property
     def _payload(self) -> list[Any]:
-        return self.stream.calls[self.start : self.stop]
+        calls = self.stream.calls
+        chosen = calls[self.start : self.stop]
+        return chosen if type(calls[0]) is not range else list(map(list, chosen))
 
     def _numbers(self, start: int, stop: int) -> Sequence[int]:
         return range(self.stream.first + start, self.stream.first + stop)
@@ -212,6 +226,17 @@ class Items(Batch):
                     raised.append(task)
         self.stream.store(start, outcomes)
         return raised
+
+
+class _Flat(itertools.chain):  # type: ignore[type-arg]
+    """A class of our own has room for ``close``."""
+
+
+def flat(chunks: Generator[Iterable[Any]]) -> Iterator[Any]:
+    """What is in them; a generator, but quicker.  If it is closed within a chunk, ``chunks`` ends that."""
+    found: Any = _Flat.from_iterable(chunks)
+    found.close = chunks.close
+    return found  # type: ignore[no-any-return]
 
 
 def emptied(values: list[Any]) -> Iterator[Any]:

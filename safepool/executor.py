@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .telling import PoolEvent
 
 STREAM_FROM = 4  # items for each worker: so many are worth it
+SLICED = frozenset({list, tuple, range})  # slices of these are the quickest chunks
 _tasks = itertools.count(1)
 _pools = itertools.count(1)
 
@@ -88,10 +89,13 @@ class _Submitter(Executor):
         end = None if timeout is None else monotonic() + timeout
         has_one = len(iterables) == 1
         how = (_unpack.ONE if has_one else 0) | (_unpack.CHUNK if chunksize > 1 else 0)
-        calls: Iterator[Any] = iter(iterables[0]) if has_one else zip(*iterables)
+        items: Iterable[Any] = iterables[0] if has_one else zip(*iterables)
+        calls = iter(items)
         chunks: Iterator[Any] = iter(lambda: list(itertools.islice(calls, chunksize)), [])
         pool, options = self._pool(), self._options
         if buffersize is None and self._is_plain() and pool._has_streams() and all(map(_is_at_hand, iterables)):
+            if type(items) in SLICED:  # (nobody can change them meanwhile: all are taken now)
+                chunks = _slices(items, chunksize)
             found, are_plain = _taken_while_plain(calls if chunksize == 1 else chunks, chunksize, has_one=has_one)
             stream = pool._stream(options, fn, found, how) if are_plain else None
             if stream is not None:
@@ -99,7 +103,7 @@ class _Submitter(Executor):
             if chunksize == 1:
                 calls = iter(found)
             else:
-                chunks = itertools.chain(found, chunks)
+                chunks = map(list, itertools.chain(found, chunks))
         if chunksize == 1:
             todo = (lambda call=call: self.submit(fn, *call) for call in (zip(calls) if has_one else calls))
             return _in_order(todo, end, buffersize)
@@ -527,6 +531,10 @@ def _is_at_hand(items: Iterable[Any]) -> bool:
     return hasattr(items, "__len__") or isinstance(items, itertools.repeat)
 
 
+def _slices(items: Any, size: int) -> Iterator[Any]:
+    return (items[at : at + size] for at in range(0, len(items), size))
+
+
 def _taken_while_plain(calls: Iterator[Any], chunksize: int, *, has_one: bool) -> tuple[list[Any], bool]:
     """These, or those up to the first chunk that has something that is not plain; and have they not?"""
     if chunksize == 1:
@@ -535,7 +543,7 @@ def _taken_while_plain(calls: Iterator[Any], chunksize: int, *, has_one: bool) -
     found = []
     for chunk in calls:
         found.append(chunk)
-        if not _payload.are_all_plain(chunk, has_one=has_one):
+        if type(chunk) is not range and not _payload.are_all_plain(chunk, has_one=has_one):
             return found, False
     return found, True
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from safepool import _os, _payload, _wire
+from safepool import _batches, _os, _payload, _wire
 
 LIMIT_S = 30.0  # no wait of a test is longer, unless it says so
 PROMPT_S = 2.0  # what "prompt" means for the news of a death
@@ -94,3 +94,9 @@ def words_and_value(answer: _wire.Frame) -> tuple[bytes, Any]:
         return b"", _wire.plain_in(answer.body)
     text, body = _wire.text_and_body(answer.body) if answer.kind == _wire.RAISED else (b"", answer.body)
     return text, _payload.loads(body)
+
+
+def write_down(journal: Any, value: Any) -> None:
+    """As a worker does when a task of a batch came to this."""
+    journal.write(_wire.plain(value))
+    journal.head[_batches.ENDED] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import threading
@@ -14,10 +15,10 @@ import pytest
 
 from safepool import PoolTerminated, SafePoolExecutor, _link
 from safepool._batches import Journal
-from safepool._wire import Board, plain
+from safepool._wire import Board
 from tests.pool import tasks
 from tests.pool.test_loans import _wait_until_lent
-from tests.support import LIMIT_S, run_script, until
+from tests.support import LIMIT_S, run_script, until, write_down
 
 MakePool = Callable[..., SafePoolExecutor]
 
@@ -129,7 +130,7 @@ def test_a_caller_that_is_held_up_while_others_submit(pool: MakePool, monkeypatc
 
 def test_a_board_that_is_overwritten_while_it_is_read() -> None:
     """Scenario 5: the worker begins its next batch between two readings: then nothing is told, and nothing wrong."""
-    memory = bytearray(Board.BYTES)
+    memory = mmap.mmap(-1, Board.BYTES)
     journal = Journal(memory)
     reads = 0
 
@@ -139,12 +140,12 @@ def test_a_board_that_is_overwritten_while_it_is_read() -> None:
         if reads == 2:
             journal.begin(2)
             for value in ("other", "things"):
-                assert journal.add(plain(value))
-        return bytes(memory[at : at + size])
+                write_down(journal, value)
+        return memory[at : at + size]
 
     journal.begin(1)
     for number in range(3):
-        assert journal.add(plain(number))
+        write_down(journal, number)
     assert Board(read).finished(1, 0) is None
     assert Board(read).finished(2, 0) == (["other", "things"], True)
     journal.stop()

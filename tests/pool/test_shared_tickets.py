@@ -24,10 +24,10 @@ from safepool._launch import Processes
 from safepool._link import SURE_S, Heard, Link
 from safepool._links import Links
 from safepool._pending import Pending
-from safepool._wire import Board, plain, plain_in, token_of
+from safepool._wire import Board, plain_in, token_of
 from tests.pool.runs import log, note, noted  # noqa: F401  (the first is a fixture)
 from tests.pool.test_deaths import error_of
-from tests.support import LIMIT_S, SLACK_S, until
+from tests.support import LIMIT_S, SLACK_S, until, write_down
 
 MakePool = Callable[..., SafePoolExecutor]
 MANY = 2_000
@@ -307,7 +307,7 @@ def _a_board() -> Iterator[tuple[Any, Any, Journal]]:
             _os.put_token(token, token_of(1, 0))
             journal.begin(1)
             yield board, token, journal
-            journal._head.release()
+            journal.head.release()
     finally:
         _os.close(board)
         _os.close(token)
@@ -335,7 +335,7 @@ def test_a_token_of_a_later_task_is_worth_nothing(pool: MakePool, asks_again: bo
     with _a_board() as (board, token, journal):
         link = _OfAParent(board, token, futures)
         for n in range(3):
-            assert journal.add(plain(n))
+            write_down(journal, n)
         assert link.take_rest(0.0) == ()
         time.sleep(2 * SURE_S)
         if asks_again:
@@ -378,8 +378,8 @@ def test_a_board_says_first_that_it_is_of_no_batch() -> None:
         def __setitem__(self, at: Any, value: Any) -> None:
             stores.append((at, value))
 
-    journal = Journal(bytearray(Board.BYTES))
-    journal._head = Head()
+    journal = Journal(None)
+    journal.head = Head()
     journal.begin(3)
     assert stores[0] == (_batches.NUMBER, 0)
     assert stores[-1] == (_batches.NUMBER, 3)
