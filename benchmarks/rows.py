@@ -23,7 +23,7 @@ BUSY_S = 2.0
 DEATHS = 5
 LIMITED = 50
 #: Megabytes -> how often.
-ROUNDS = {10: 5, 100: 2}
+ROUNDS = {10: 9, 100: 5}
 
 
 class Figure(NamedTuple):

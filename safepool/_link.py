@@ -53,9 +53,6 @@ class Answer(NamedTuple):
 class Heard(NamedTuple):
     """What one reading brought, in order within each field.  The answers are with their futures."""
 
-    booted: bool
-    ready: bool
-    unfit: str | None
     answered: list[int]  # tasks
     raised: list[int]  # those of them that did
     begun: int | None  # the task that runs now, if its start was told
@@ -63,6 +60,9 @@ class Heard(NamedTuple):
     left: list[tuple[int, list[Left]]]  # what tasks left behind
     returned: list[int]  # tasks of a batch that the worker will not begin: it had no ticket for the rest
     lost: str | None  # why nothing can be read any more; "": it is closed
+    booted: bool = False
+    ready: bool = False
+    unfit: str | None = None
 
 
 class Seen(NamedTuple):
@@ -512,8 +512,11 @@ class Link:
         return "what it sent is too big for the memory of this process"
 
     def _understand(self, lost: str | None) -> Heard:
-        heard = Heard(False, False, None, [], [], None, 0.0, [], [], lost)
-        answered, raised = heard.answered, heard.raised
+        life: dict[str, Any] = {}  # what it says of itself
+        answered: list[int] = []
+        raised: list[int] = []
+        left: list[tuple[int, list[Left]]] = []
+        returned: list[int] = []
         begun: int | None = 0  # its number, or: the next of those that are not answered
         total_s, early = 0.0, 0  # so many were known before
         pid, pop, plain_in = self.process.pid, self._sent.pop, _wire.plain_in
@@ -528,7 +531,7 @@ class Link:
                         told = future.take(outcomes, pid, raised)
                         early -= len(told)
                         answered += told
-                        heard.returned.extend(future.tasks() if what not in PARTS else ())
+                        returned.extend(future.tasks() if what not in PARTS else ())
                         total_s += run_s
                         begun = None if kind & NEXT else 0
                         continue
@@ -545,7 +548,7 @@ class Link:
                 elif what == _wire.BEGAN:
                     begun = number
                 else:
-                    heard = self._hear_of_life(heard, what, number, body)
+                    life.update(self._life_in(what, number, body, left))
             if begun is None:
                 begun = next(iter(self._sent))
             if self._reader.nonsense:
@@ -557,7 +560,7 @@ class Link:
         self._begun = begun or self._begun
         head = self._sent.get(begun or 0)
         mean_s = total_s / (len(answered) + early) if answered else 0.0
-        return heard._replace(begun=None if head is None else head._task, run_s=mean_s, lost=lost)
+        return Heard(answered, raised, None if head is None else head._task, mean_s, left, returned, lost, **life)
 
     def _keep(self, future: SafeFuture, what: int, body: bytes) -> None:
         text = b""
@@ -581,20 +584,17 @@ class Link:
         except OSError as error:
             raise _wire.ProtocolError(f"no descriptor came with an answer: {error}") from error
 
-    def _hear_of_life(self, heard: Heard, what: int, number: int, body: bytes) -> Heard:
+    def _life_in(self, what: int, number: int, body: bytes, left: list[tuple[int, list[Left]]]) -> dict[str, Any]:
+        """What it says of itself, as of ``Heard``; or what a task left; or it asks for a call again."""
         if what == _wire.LEFT:
-            at, left = _wire.leftovers_in(body)
-            heard.left.append((self._sent[number].nth(at), left))
+            at, some = _wire.leftovers_in(body)
+            left.append((self._sent[number].nth(at), some))
         elif what == _wire.AGAIN:
             for part in self._inlined(number):
                 self._put(part, number)
-        elif what == _wire.BOOTED:
-            return heard._replace(booted=True)
-        elif what == _wire.READY:
-            return heard._replace(ready=True)
-        elif what == _wire.UNFIT:
-            return heard._replace(unfit=body.decode(errors="replace"))
-        return heard
+        if what == _wire.UNFIT:
+            return {"unfit": body.decode(errors="replace")}
+        return {_wire.BOOTED: {"booted": True}, _wire.READY: {"ready": True}}.get(what, {})
 
     def _close_all(self) -> None:
         """But what a caller is just writing to: another thing might have its number by then."""

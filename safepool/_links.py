@@ -6,7 +6,6 @@ to the end of the queue that the watchdog drains, or to its head where the core 
 
 from __future__ import annotations
 
-import selectors
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +13,7 @@ from . import _events as e
 from . import _os, _stacks
 from ._link import Link, Seen
 from ._log import CRITICAL
+from ._os.selecting import READ, WRITE, Selector
 from ._side import tell_aside
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ STATUS_AGAIN_S = 0.002
 STATUS_LOST_S = 0.05  # the same, when it seems that somebody else took it
 PIDS_KEPT = 1000  # of workers that are gone, for the errors that name them
 GLANCE_S = 0.005  # a batch that is in hand for longer than that holds up others
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 ANSWERS, CHANNEL, DEATH = "answers", "channel", "death"  # what a descriptor that is ready tells of
 
 
@@ -50,7 +49,7 @@ def discard(link: Link) -> None:
 class Links:
     """Those that live, those that are being launched and those that are dying."""
 
-    selector: selectors.BaseSelector  # from the start of the watchdog on
+    selector: Selector  # from the start of the watchdog on
 
     def __init__(self, events: deque[e.Event], pending: Pending, processes: Processes) -> None:
         self.by_worker: dict[int, Link] = {}
@@ -66,15 +65,17 @@ class Links:
         self._abandoned: set[int] = set()  # not wanted any more when they are there
         self._watched: dict[int, int] = {}  # worker -> the descriptor that reports its death, then its status
         self._dying: dict[int, tuple[Link, float]] = {}
-        self._glance_at: float | None = None  # when to see whether a batch takes too long
+        self.glance_at: float | None = None  # when to see whether a batch takes too long
         self._asked: dict[int, tuple[Link, float, bool]] = {}  # to be killed when they have said what they are doing
 
+    def are_calm(self) -> bool:
+        """No worker ends, or is to be ended, and the system will tell of each that does."""
+        return not self._dying and not self._asked and len(self._watched) >= len(self.by_worker)
+
     def moments(self, now: float) -> Iterator[float]:
-        """When to look again, though no descriptor is ready."""
+        """When to look again, if they are not calm, though no descriptor is ready."""
         for link, limit in self._dying.values():
             yield limit if link.worker in self._watched else now + STATUS_AGAIN_S
-        if self._glance_at is not None:
-            yield self._glance_at
         if self._asked:
             yield now + _stacks.LOOK_AGAIN_S
         if len(self._watched) < len(self.by_worker):
@@ -164,7 +165,7 @@ class Links:
             self.answered_at = now
             answered, raised = tuple(heard.answered), frozenset(heard.raised)
             self._events.append(e.Received(now, worker, answered, heard.begun, heard.run_s, raised))
-        if self._glance_at is None and link.has_batch():
+        if self.glance_at is None and link.has_batch():
             self.have_batches()
         if link.has_to_write():
             self.writing.add(worker)
@@ -199,22 +200,22 @@ class Links:
 
     def have_batches(self) -> None:
         """Tasks that share a ticket were sent: see that none of them holds up the others."""
-        if self._glance_at is None:
-            self._glance_at = monotonic() + GLANCE_S
+        if self.glance_at is None:
+            self.glance_at = monotonic() + GLANCE_S
 
     def glance(self, mean_s: float) -> None:
         """Where a batch takes too long: who waits for what has ended is told, and the rest goes to others."""
         now = monotonic()
-        if self._glance_at is None or now < self._glance_at:
+        if self.glance_at is None or now < self.glance_at:
             return
-        self._glance_at = None
+        self.glance_at = None
         for worker, link in self.by_worker.items():
             if link.is_late():
                 self.look(worker, mean_s)
                 if rest := link.take_rest(0.0):
                     self._events.append(e.TakenBack(now, worker, rest))
             if link.has_batch():
-                self._glance_at = now + GLANCE_S  # else again when it has told of the task that runs
+                self.glance_at = now + GLANCE_S  # else again when it has told of the task that runs
 
     def take_back(self, worker: int) -> None:
         link = self.by_worker.get(worker)

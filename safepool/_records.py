@@ -38,8 +38,8 @@ class Worker:
     """A process that has a seat, from its launch until its death."""
 
     __slots__ = (
-        "begun", "begun_at", "booted", "ended_by_us", "kills", "left", "lost", "number", "quiet_since", "ready", "sent",
-        "sent_bytes", "start_is_awaited", "state", "unfit",
+        "begun", "begun_at", "booted", "ended_by_us", "is_watched", "kills", "left", "levelled", "lost", "number",
+        "quiet_since", "ready", "sent", "sent_bytes", "start_is_awaited", "state", "unfit",
     )  # fmt: skip
 
     def __init__(self, number: int, left: int | None) -> None:
@@ -53,11 +53,13 @@ class Worker:
         self.begun = False  # it acknowledged the first of ``sent``
         self.begun_at = 0.0
         self.left = left  # tasks it may still be sent
+        self.levelled = 0  # what it ran when something was last taken back for a worker that was free
         self.kills = 0
         self.lost = ""  # what was wrong with its channel
         self.unfit = ""  # why its initializer failed
         self.quiet_since = 0.0  # it has had its first task to do since then
         self.start_is_awaited = False  # a timer looks at that
+        self.is_watched = False  # a timer looks whether tasks wait behind one that takes too long
 
     def number_at_head(self) -> int:
         """Of the task that it runs, or runs next."""

@@ -38,7 +38,9 @@ LOOK_AGAIN_S = 1.0
 ACK_LIMIT_S = 10.0  # for an idle worker to begin what it is sent; after that it is frozen
 READ_BYTES_PER_S = 1e6  # and more time for big calls
 AHEAD_S = 0.020  # work kept at a worker, so that it never waits for us
+STUCK_S = 1.0  # that one task runs while others wait behind it
 AHEAD_TASKS = 2048
+WORTH_MOVING_S = 0.001  # of work: to take it back and send it elsewhere takes a tenth
 TOGETHER_S = 0.001  # of work that a worker may have for one ticket
 TOGETHER_TASKS = 1000
 AHEAD_BYTES = 256 * 1024
@@ -158,7 +160,7 @@ class Seats:
 
         ``SentDirectly`` must be the next event of such a worker then.
         """
-        if self._queued or self._state is not P.OPEN:
+        if self._queued or not self._idle or self._state is not P.OPEN:
             return []
         found = [number for number, worker in itertools.islice(reversed(self._idle.items()), most) if worker.left != 0]
         found.reverse()
@@ -188,10 +190,10 @@ class Seats:
                         return
 
     def _share(self) -> int:
-        """How many tasks one worker should hold: about ``AHEAD_S`` of work, but never others' fair part."""
+        """How many tasks one worker should hold: ``AHEAD_S`` of work beside the one it runs, but never others' part."""
         if self._mean_s is None or not self._policy.take_back:
             return 1
-        ahead = AHEAD_TASKS if self._mean_s <= 0 else int(AHEAD_S / self._mean_s)
+        ahead = AHEAD_TASKS if self._mean_s <= 0 else 1 + int(AHEAD_S / self._mean_s)
         fair = -(-self._queued // self._policy.max_workers)
         return max(1, min(ahead, AHEAD_TASKS, fair))
 
@@ -202,7 +204,7 @@ class Seats:
         return 1 if mean_s is None else max(1, min(TOGETHER_TASKS, int(TOGETHER_S / max(mean_s, 1e-9))))
 
     def _is_slow(self, worker: Worker) -> bool:
-        return worker.begun and self._now - worker.begun_at >= AHEAD_S
+        return worker.run_s(self._now) >= AHEAD_S
 
     def _send(self, worker: Worker, most: int) -> bool:
         if worker.left is not None:
@@ -220,7 +222,30 @@ class Seats:
                 self._move_worker(worker, W.BUSY)
                 self._await_start(worker)
             self._out.append(e.Send(worker.number, tuple(batch), self._together()))
+            if len(worker.sent) > 1 and not worker.is_watched:
+                worker.is_watched = True
+                self._at(self._now + STUCK_S, self._is_here, self._look_for_stuck, worker.number)
         return bool(batch)
+
+    def _look_for_stuck(self, number: int) -> None:
+        """Scenario 2: (a) tasks are short, and some are sent ahead, (b) one of them takes an hour, (c) those behind it
+        wait, while all that was submitted after them is done by others, who are never free.  So they are queued again.
+        """
+        worker = self._workers[number]
+        worker.is_watched = False
+        if worker.state is not W.BUSY or len(worker.sent) < 2:
+            return  # it is watched again when it is sent more
+        due = worker.quiet_since + STUCK_S
+        if self._now >= due:
+            self._take_from(worker)
+        else:
+            worker.is_watched = True
+            self._at(due, self._is_here, self._look_for_stuck, number)
+
+    def _take_from(self, worker: Worker) -> None:
+        """What it has not begun.  Once for each task that it runs: see ``_level``."""
+        worker.levelled = worker.number_at_head()
+        self._out.append(e.TakeBack(worker.number))
 
     def _take(self, worker: Worker, most: int) -> list[int]:
         """From a queue in which not all is plain."""
@@ -309,15 +334,26 @@ class Seats:
         self._at(due, self._is_here, self._look_for_start, number)
 
     def _level(self) -> None:
-        """Tasks that wait behind a slow one go to a worker, or a seat, that is free."""
-        free = bool(self._idle) or len(self._workers) < self._policy.max_workers
-        if self._queued or not free or self._balancing or self._mean_s is None:
+        """Tasks that wait behind another go to a worker that is free, or a seat: soon, if they are worth it."""
+        free = len(self._idle) + self._policy.max_workers - len(self._workers)
+        if self._queued or not free or self._mean_s is None:
             return
+        is_worth_it = bool(self._idle) and self._mean_s >= WORTH_MOVING_S
         for worker in self._workers.values():
-            if len(worker.sent) > 1 and worker.begun and worker.state is W.BUSY:
+            if worker.state is not W.BUSY or len(worker.sent) < 2 or worker.levelled == worker.number_at_head():
+                continue
+            if is_worth_it:  # (then it must have begun: that is told late of what was sent alone)
+                due = worker.quiet_since + WORTH_MOVING_S
+            elif worker.begun:
+                due = max(worker.begun_at, self._now) + AHEAD_S
+            else:
+                continue
+            if due <= self._now and free:
+                free -= 1
+                self._take_from(worker)
+            elif due > self._now and not self._balancing:
                 self._balancing = True
-                self._at(max(worker.begun_at, self._now) + AHEAD_S, always, self._level_now)
-                return
+                self._at(due, always, self._level_now)
 
     def _level_now(self) -> None:
         self._balancing = False
@@ -325,7 +361,7 @@ class Seats:
             return
         for worker in self._workers.values():
             if worker.state is W.BUSY and len(worker.sent) > 1 and self._is_slow(worker):
-                self._out.append(e.TakeBack(worker.number))
+                self._take_from(worker)
 
     # ------------------------------------------------------------ workers come
 
@@ -337,6 +373,8 @@ class Seats:
     def _man_the_seats(self) -> None:
         """Promise 1: a task that waits has a worker that lives or starts.  And a seat once manned stays so."""
         most = self._policy.max_workers
+        if len(self._workers) >= most and (self._fit or not self._queued):
+            return  # as nearly always
         wanted = 0
         if self._queued:
             wanted = min(most, most if self._policy.start_all else len(self._workers) + self._queued - self._starting)

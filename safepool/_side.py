@@ -30,7 +30,7 @@ class Side:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._jobs: deque[Job] = deque()
+        self.jobs: deque[Job] = deque()
         self._changed = threading.Condition()  # re-entrant: finalizers run anywhere
         self._thread: threading.Thread | None = None
         self._last: threading.Thread | None = None  # the same, also once it is told to end
@@ -50,7 +50,7 @@ class Side:
 
     def put(self, job: Job) -> None:
         with self._changed:
-            self._jobs.append(job)
+            self.jobs.append(job)
             if self._thread is None:
                 self._try_to_start()
             else:
@@ -72,10 +72,10 @@ class Side:
 
     def relieve(self, now: float) -> float | None:
         """Replace the thread if its job takes too long; when to look again, in monotonic seconds."""
-        if not self._jobs:
+        if not self.jobs:
             return None
         with self._changed:
-            if not self._jobs:
+            if not self.jobs:
                 return None
             if self._thread is None or (self._busy_since is not None and now - self._busy_since >= PATIENCE_S):
                 self._try_to_start()
@@ -97,9 +97,9 @@ class Side:
     def _next(self, me: threading.Thread) -> Job | None:
         with self._changed:
             while self._thread is me:
-                if self._jobs:
+                if self.jobs:
                     self._busy_since = monotonic()
-                    return self._jobs.popleft()
+                    return self.jobs.popleft()
                 if self._closed:
                     self._thread = None
                     self._changed.notify_all()
@@ -133,7 +133,7 @@ class Side:
                 left = since + PATIENCE_S - monotonic()
                 if left > 0:
                     self._changed.wait(min(left, JOIN_SLICE_S))
-                elif self._jobs:
+                elif self.jobs:
                     self._try_to_start()
                 else:
                     return

@@ -13,7 +13,6 @@ Guarantees:
 from __future__ import annotations
 
 import os
-import selectors
 import signal
 import threading
 import traceback
@@ -30,7 +29,7 @@ from ._core import Core
 from ._evidence import error_of
 from ._launch import Launcher, Processes
 from ._link import Link
-from ._links import ANSWERS, CHANNEL, DEATH, READ, Launched, Links, discard
+from ._links import ANSWERS, CHANNEL, DEATH, Launched, Links, discard
 from ._loans import Loan, Loans
 from ._log import CRITICAL
 from ._os import selecting
@@ -154,6 +153,7 @@ class Watchdog:
         self._called_in: tuple[Loan, ...] = ()  # those that it sees to just now
         self._can_hear = False  # callers may hear the workers that they have
         self._awake = True
+        self._due: float | None = None  # when ``Ticked`` is needed at the latest
         # Scenario 5: (a) somebody asks threading whether the thread lives, (b) a signal handler of the user's raises
         # while that looks.  Then it takes the thread for dead (CPython's bpo-45274).  So nobody asks.
         self._has_ended = False
@@ -370,8 +370,9 @@ class Watchdog:
                     for end in (self._wake_w, _os.keep(self._wake_r)):
                         self._own.callback(_os.close, end)
                         end.setblocking(False)
-                    self._selector = self._own.enter_context(selecting.Selector())
-                self._selector.register(self._wake_r, READ, None)
+                    self._selector = selecting.Selector()
+                    self._own.callback(self._selector.close)
+                self._selector.register(self._wake_r, selecting.READ, None)
                 self._lending = Loans(getattr(self._selector, "listen", None), self._made_bell())
                 self._links.selector = self._selector
                 thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
@@ -430,39 +431,24 @@ class Watchdog:
         self._lend()
         self._awake = False
         timeout = 0.0 if self._mailbox else self._timeout()
-        ready = self._selector.select(timeout)
+        ready = self._selector.ready(timeout)
         self._awake = True
-        self._call_in_loans()
-        self._read_mailbox()
-        self._drain()
-        # Deaths first: they read their channel to the end, and a closed channel is then no news.
-        for key, _ in sorted(ready, key=_deaths_first) if len(ready) > 1 else ready:
-            if key.data is None:
-                self._empty_wake_pipe()
-                continue
-            link, what = key.data
-            if what is DEATH:
-                self._links.died(link)
-            elif link.worker not in self._links.by_worker:
-                continue
-            elif what is ANSWERS and not link.is_deaf:
-                self._links.hear(link)
-            elif what is CHANNEL:
-                self._links.writing.add(link.worker)
+        if self._loans or self._mailbox:
+            self._call_in_loans()
+            self._read_mailbox()
             self._drain()
-        self._links.glance(self._core.mean_s())
-        self._links.kill_the_asked()
-        for link, code in self._links.ended():
-            self._links.hear(link, to_the_end=True)  # "answered, then died" is one fact: first the answer
-            self._links.salvage(link, self._core.mean_s())
+        self._listen(ready)
+        if self._links.glance_at is not None:
+            self._links.glance(self._core.mean_s())
             self._drain()
-            self._links.bury(link, code)
-            self._drain()
+        if not self._links.are_calm():
+            self._end_workers()
         now = monotonic()
-        due = self._core.next_deadline()
-        if due is not None and due <= now:
+        self._due = self._core.next_deadline()
+        if self._due is not None and self._due <= now:
             self._events.append(e.Ticked(now))
             self._drain()
+            self._due = self._core.next_deadline()
         if self._store is not None:
             self._trim(now)
         for observer in self.observers:
@@ -472,6 +458,34 @@ class Watchdog:
                 answered.set()
             self._batch_done.clear()
 
+    def _listen(self, ready: list[Any]) -> None:
+        """To what is ready: ``None``, the mailbox; or a link, and what of it."""
+        # Deaths first: they read their channel to the end, and a closed channel is then no news.
+        for data in sorted(ready, key=_deaths_first) if len(ready) > 1 else ready:
+            if data is None:
+                self._empty_wake_pipe()
+                continue
+            link, what = data
+            if what is DEATH:
+                self._links.died(link)
+            elif link.worker not in self._links.by_worker:
+                continue
+            elif what is ANSWERS and not link.is_deaf:
+                self._links.hear(link)
+            elif what is CHANNEL:
+                self._links.writing.add(link.worker)
+            self._drain()
+
+    def _end_workers(self) -> None:
+        """Those that are to be killed, and those that have died."""
+        self._links.kill_the_asked()
+        for link, code in self._links.ended():
+            self._links.hear(link, to_the_end=True)  # "answered, then died" is one fact: first the answer
+            self._links.salvage(link, self._core.mean_s())
+            self._drain()
+            self._links.bury(link, code)
+            self._drain()
+
     def _trim(self, now: float) -> None:
         """Whatever makes a block free is an event, and this is called after it; then a timer runs, until none is."""
         assert self._store is not None
@@ -480,8 +494,10 @@ class Watchdog:
 
     def _timeout(self) -> float | None:
         now = monotonic()
-        moments = [self._core.next_deadline(), self._trim_at, *(side.relieve(now) for side in self._sides)]
-        moments.extend(self._links.moments(now))
+        moments = [self._due, self._trim_at, self._links.glance_at]
+        moments += [side.relieve(now) for side in self._sides if side.jobs]
+        if not self._links.are_calm():
+            moments += self._links.moments(now)
         if self._loans:
             moments.append(self._links.answered_at + LENT_FOR_S)
         if self._lending.rung_for:
@@ -493,10 +509,11 @@ class Watchdog:
 
     def _lend(self) -> None:
         """Until the watchdog wakes callers may send to idle workers; but not in a pool where nobody does any more."""
-        if self._lending.have_come_back():
+        if self._lending.rung_for and self._lending.have_come_back():
             self._links.listen_to_all(self._lending)
-        if monotonic() < self._links.answered_at + LENT_FOR_S:
-            links = map(self._links.by_worker.get, self._core.lendable(MOST_LENT))
+        free = self._core.lendable(MOST_LENT)
+        if free and monotonic() < self._links.answered_at + LENT_FOR_S:
+            links = map(self._links.by_worker.get, free)
             loans = (link.lend(self._lending) for link in links if link is not None)
             self._can_hear = self._lending.may_hear()
             self._loans = tuple(loan for loan in loans if loan is not None)
@@ -590,7 +607,8 @@ class Watchdog:
             event = self._events.popleft()
             self.event_log.append(_for_the_log(event))
             commands = self._core.handle(event)
-            self._tell_observers(event, commands)
+            if self.observers:
+                self._tell_observers(event, commands)
             for command in commands:
                 _ACTS[type(command)](self, command)
         if self._links.writing:
@@ -712,8 +730,7 @@ class Watchdog:
         self._let_go()
 
 
-def _deaths_first(item: tuple[selectors.SelectorKey, int]) -> bool:
-    data = item[0].data
+def _deaths_first(data: tuple[Link, object] | None) -> bool:
     return data is None or data[1] is not DEATH
 
 

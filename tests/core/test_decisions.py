@@ -211,3 +211,74 @@ def test_what_ended_behind_a_doomed_task_has_its_answer() -> None:
     core = _doomed_with_another_behind()
     assert e.Resolve((3,)) in core.handle(e.Received(1.1, 1, (2, 3)))
     assert _fails(core.handle(e.WorkerDied(1.2, 1, -9, ()))) == {2: "cancelled"}
+
+
+def _two_workers_that_know(run_s: float) -> _core.Core:
+    """Both are idle, and know that a task takes so long."""
+    core = _core.Core(PoolPolicy(max_workers=2))
+    core.handle(e.TasksSubmitted(0.0, (1, 2), plain=True))
+    for worker in (1, 2):
+        core.handle(e.WorkerBooted(0.0, worker))
+        core.handle(e.WorkerReady(0.0, worker))
+    for task, worker in ((1, 1), (2, 2)):
+        core.handle(e.Received(0.0, worker, (task,), run_s=run_s))
+    return core
+
+
+def _sent(commands: list[e.Command]) -> dict[int, tuple[int, ...]]:
+    return {command.worker: command.tasks for command in commands if isinstance(command, e.Send)}
+
+
+def _taken_from(commands: list[e.Command]) -> list[int]:
+    return [command.worker for command in commands if isinstance(command, e.TakeBack)]
+
+
+def test_a_worker_has_more_to_do_before_it_is_done() -> None:
+    """Of tasks that take 15 ms one is sent ahead: a worker that had to ask for it would wait."""
+    core = _two_workers_that_know(0.015)
+    sent = _sent(core.handle(e.TasksSubmitted(0.1, tuple(range(3, 23)), plain=True)))
+    assert sorted(map(len, sent.values())) == [2, 2]
+
+
+def test_a_free_worker_takes_what_waits_behind_another() -> None:
+    """At the end one worker is free, and the other has two: what waits is sent where it runs at once."""
+    core = _two_workers_that_know(0.010)
+    first, second = _sent(core.handle(e.TasksSubmitted(0.1, (3, 4, 5), plain=True))).values()
+    assert (len(first), len(second)) == (2, 1)
+    (busy,) = (worker for worker in core._workers.values() if len(worker.sent) == 2)
+    free = 3 - busy.number
+    assert _taken_from(core.handle(e.Received(0.105, free, second, run_s=0.005))) == [busy.number]
+    sent = _sent(core.handle(e.TakenBack(0.1051, busy.number, first[1:])))
+    assert sent == {free: first[1:]}
+
+
+def test_nobody_asks_again_and_again_for_what_has_begun() -> None:
+    """The same, but the ticket is drawn: the next thing to ask for is what waits behind the next task."""
+    core = _two_workers_that_know(0.010)
+    first, second = _sent(core.handle(e.TasksSubmitted(0.1, (3, 4, 5), plain=True))).values()
+    (busy,) = (worker for worker in core._workers.values() if len(worker.sent) == 2)
+    assert _taken_from(core.handle(e.Received(0.105, 3 - busy.number, second, run_s=0.005))) == [busy.number]
+    assert not _taken_from(core.handle(e.TakenBack(0.1051, busy.number, ())))
+    assert not _taken_from(core.handle(e.Ticked(0.11)))
+    core.handle(e.Received(0.12, busy.number, first, run_s=0.01))
+    assert not core.snapshot().tasks
+
+
+def test_what_waits_behind_one_that_takes_for_ever_is_queued_again() -> None:
+    """Scenario 2 of ``_seats``: though nobody is free, and there is more to do."""
+    core = _two_workers_that_know(0.005)
+    sent = _sent(core.handle(e.TasksSubmitted(0.1, tuple(range(3, 10_000)), plain=True)))
+    stuck, moving = sent
+    behind = sent[stuck][1:]
+    assert behind
+    now, taken = 0.1, []
+    for task in sent[moving]:
+        now += 0.3
+        taken += _taken_from(core.handle(e.Ticked(now)))
+        core.handle(e.Received(now, moving, (task,), run_s=0.005))
+    assert taken == [stuck]
+    core.handle(e.TakenBack(now, stuck, behind))
+    in_hand = core._workers[moving].sent
+    more = core.handle(e.Received(now, moving, tuple(in_hand), run_s=0.005))
+    assert list(_sent(more)) == [moving]
+    assert _sent(more)[moving][: len(behind)] == behind

@@ -389,7 +389,7 @@ def test_the_rest_is_returned_before_later_answers() -> None:
     """Scenario 2 of ``_links``: the core takes answers in the order in which it has sent the tasks."""
     events: deque[Any] = deque()
     links = Links(events, Pending(), Processes())
-    heard = Heard(False, False, None, [1, 2, 9], [], None, 0.001, [], [3, 4], None)
+    heard = Heard([1, 2, 9], [], None, 0.001, [], [3, 4], None)
     link = SimpleNamespace(
         hear=lambda **_: heard, worker=1, is_deaf=False, has_to_write=lambda: False, has_batch=lambda: False
     )
