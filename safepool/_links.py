@@ -13,7 +13,7 @@ from . import _events as e
 from . import _os, _stacks
 from ._link import Link, Seen
 from ._log import CRITICAL
-from ._os.selecting import READ, WRITE, Selector
+from ._os import selecting
 from ._side import tell_aside
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def discard(link: Link) -> None:
 class Links:
     """Those that live, those that are being launched and those that are dying."""
 
-    selector: Selector  # from the start of the watchdog on
+    selector: selecting.Selector  # from the start of the watchdog on
 
     def __init__(self, events: deque[e.Event], pending: Pending, processes: Processes) -> None:
         self.by_worker: dict[int, Link] = {}
@@ -105,7 +105,7 @@ class Links:
         self._processes[outcome.process.pid] = outcome.process.process
         if len(self.pids) > 2 * len(self.by_worker) + PIDS_KEPT:
             del self.pids[next(iter(self.pids))]
-        self.selector.register(outcome.answers_fileno(), READ, (outcome, ANSWERS))
+        self.selector.register(outcome.answers_fileno(), selecting.READ, (outcome, ANSWERS))
         self._watch(outcome, outcome.process.fileno())
         self.writing.add(worker)
         if doomed:
@@ -124,7 +124,7 @@ class Links:
         """Ask the selector for whether this worker's channel takes more, if there is more."""
         if link is None or link.is_deaf:
             return
-        wanted = WRITE if worker in self.writing else 0
+        wanted = selecting.WRITE if worker in self.writing else 0
         if link.wanted != wanted:
             link.wanted = wanted
             if wanted:
@@ -286,7 +286,7 @@ class Links:
     def _watch(self, link: Link, fd: int | None) -> None:
         """For its death, then for its status."""
         if fd is not None:
-            self.selector.register(fd, READ, (link, DEATH))
+            self.selector.register(fd, selecting.READ, (link, DEATH))
             self._watched[link.worker] = fd
 
     def _stop_watching(self, link: Link) -> None:

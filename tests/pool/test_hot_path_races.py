@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from safepool import PoolTerminated, SafePoolExecutor, _link
 from safepool._batches import Journal
-from safepool._wire import Board
+from safepool._wire import Board, plain, plain_in, plain_list
 from tests.pool import tasks
 from tests.pool.test_loans import _wait_until_lent
 from tests.support import LIMIT_S, run_script, until, write_down
@@ -151,6 +153,19 @@ def test_a_board_that_is_overwritten_while_it_is_read() -> None:
     journal.stop()
     assert Board(read).finished(2, 0) == (["other", "things"], False)
     assert Board(read).finished(2, 1) is None
+
+
+_plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(values=st.lists(_plain))
+def test_a_list_of_what_was_told_one_by_one(values: list[Any]) -> None:
+    """Is as if it had been told at once: what tasks came to is on the board first, and then in the answer."""
+    assert plain_in(plain_list(list(map(plain, values)))) == values
 
 
 def test_a_board_that_is_read_all_the_time(pool: MakePool) -> None:

@@ -352,3 +352,49 @@ def test_maps_of_many_threads_at_once(pool: MakePool) -> None:
 
     with ThreadPoolExecutor(6) as threads:
         assert all(threads.map(work, range(6), timeout=LIMIT_S))
+
+
+# ------------------------------------------------------------------ chunks
+
+
+NUMBERS = list(range(-5, 1_000, 2))
+PLAIN = {
+    "list": NUMBERS,
+    "tuple": tuple(NUMBERS),
+    "range": range(-5, 1_000, 2),
+    "backwards": range(1_000, -5, -3),
+    "floats": [number / 8 for number in NUMBERS],
+    "beyond 64 bits": range(10**20, 10**20 + 300),
+    "words": [f"word {number}" for number in NUMBERS],
+    "bytes": bytes(range(256)),
+    "a dictionary": dict.fromkeys(NUMBERS),
+    "one that is not plain, late": [*NUMBERS, [1, 2], *NUMBERS],
+}
+
+
+@pytest.mark.parametrize("items", PLAIN.values(), ids=PLAIN)
+@pytest.mark.parametrize("chunksize", [1, 2, 7, 100, 10_000])
+def test_chunks_of_anything(pool: MakePool, items: Any, chunksize: int) -> None:
+    """Whatever is cut into chunks, and however these travel, each item is given to the function and comes back."""
+    executor = pool(2)
+    assert list(executor.map(tasks.echo, items, chunksize=chunksize)) == list(items)
+
+
+def test_what_is_taken_is_taken_at_the_call(pool: MakePool) -> None:
+    """Who changes the list afterwards changes nothing that was asked for."""
+    executor = pool(1)
+    executor.submit(time.sleep, 0.2)
+    items = list(range(1_000))
+    results = executor.map(tasks.echo, items, chunksize=10)
+    items[500:] = ["other", "things"]
+    assert list(results) == list(range(1_000))
+
+
+@pytest.mark.parametrize("fn", [tasks.echo, lambda number: [number]], ids=["small", "pickled"])
+def test_it_ends_where_it_is_closed(pool: MakePool, fn: Any) -> None:
+    """Within a chunk, too; and what is left of the chunk is kept nowhere."""
+    results = pool(2).map(fn, range(1_000), chunksize=100)
+    assert len(list(islice(results, 150))) == 150
+    results.close()  # type: ignore[attr-defined]
+    assert list(results) == []
+    results.close()  # type: ignore[attr-defined]
