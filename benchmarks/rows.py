@@ -133,7 +133,7 @@ ROWS: dict[str, Row] = {
     "tournament": Row(
         f"120 tasks of 1 to 20 ms CPU, {WORKERS} workers: the shortest possible time as a share of the actual one",
         (Figure("efficiency", "efficiency", True), _PARENT, Figure("workers_ms", "workers CPU ms/task")),
-        partial(loads.tournament, workers=WORKERS, count=120, rounds=3),
+        partial(loads.tournament, workers=WORKERS, count=120, rounds=7),
     ),
     "features": Row(
         f"what an option costs: {TASKS:,} no-op futures, {WORKERS} workers, beside a pool without it",

@@ -16,7 +16,7 @@ from ._packets import NOT_ENDED
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from ._packets import Left
 
@@ -135,9 +135,8 @@ class Families:
 
     def _orphans(self) -> Iterator[tuple[int, int | None]]:
         """(pid, family) of the children that nobody asked for."""
-        for pid, tag in self._children():
-            if pid not in self.not_orphans:
-                yield pid, None if tag is None or self._number is None else _tags.owner(self._number, tag)
+        for pid, tag in self._children(but=self.not_orphans):
+            yield pid, None if tag is None or self._number is None else _tags.owner(self._number, tag)
 
     def _look(self) -> set[int | None]:
         """Kill what is to be killed; the families that still have somebody."""
@@ -170,9 +169,11 @@ class Families:
             may_not += not kill(pid)
         return there, may_not
 
-    def _children(self) -> Iterator[tuple[int, _tags.Tag | None]]:
+    def _children(self, but: Collection[int] = ()) -> Iterator[tuple[int, _tags.Tag | None]]:
         """Own children and their tags; what is left on purpose does not count."""
         for pid in linux.children():
+            if pid in but:
+                continue
             tag = linux.tag_of(pid)
             if self._is_marked or not _tags.is_left_on_purpose(tag):
                 yield pid, tag

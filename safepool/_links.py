@@ -322,6 +322,13 @@ class Links:
         self._events.append(e.WorkerDied(monotonic(), link.worker, code, unbegun, peak_bytes))
         self._forget(link)
 
+    def let_go(self, link: Link) -> None:
+        """Of a worker that is buried: its descriptors."""
+        if not link.is_deaf:
+            self._be_deaf_to(link)
+        self._stop_watching(link)
+        link.close()
+
     def abandon(self, worker: int, mean_s: float) -> None:
         """One that does not die, or is not there after all this time."""
         link = self.by_worker.get(worker)
@@ -333,6 +340,7 @@ class Links:
             self.salvage(link, mean_s)
             self._events.append(e.WorkerDied(monotonic(), worker, None, link.unbegun()))
             self._forget(link)
+            self.let_go(link)
         elif worker in self.launching:
             tell_aside(CRITICAL, "safepool: worker %d is being launched for ever; it is given up", worker)
             self._abandoned.add(worker)
@@ -343,10 +351,6 @@ class Links:
         self._processes.pop(link.process.pid, None)
         self.writing.discard(link.worker)
         self._asked.pop(link.worker, None)
-        if not link.is_deaf:
-            self._be_deaf_to(link)
-        self._stop_watching(link)
-        link.close()
 
     def __repr__(self) -> str:
         return f"<Links to {len(self.by_worker)} workers, {len(self.launching)} launching, {len(self._dying)} dying>"
