@@ -484,8 +484,10 @@ class Watchdog:
             self._links.salvage(link, self._core.mean_s())
             self._drain()
             self._links.bury(link, code)
-            self._drain()  # who waits for its task is told before anything else
-            self._links.let_go(link)
+            try:
+                self._drain()  # who waits for its task is told before anything else
+            finally:
+                self._links.let_go(link)
 
     def _trim(self, now: float) -> None:
         """Whatever makes a block free is an event, and this is called after it; then a timer runs, until none is."""
