@@ -119,7 +119,7 @@ def run(
     told: list[bytes] = []  # of each a plain value; or, if it is none, (did it return, what is pickled)
     small, version = _unpack.SMALL, _wire.VERSION
     pickled = _unpack.dumps_result if send_big is None else _unpack.dumps_big_result
-    write, head, ended = journal.write, journal.head, 0
+    head, ended = journal.head, 0
     part = _wire.PART
     began = before = perf_counter()
     journal.begin(number)  # (after that: see Scenario 2)
@@ -139,7 +139,7 @@ def run(
         is_part = part == _wire.BIG_PART
         if not is_part:
             try:
-                write(told[-1])
+                journal.write(told[-1])  # (looked up each time: see ``_Link.disown``)
             except ValueError:
                 is_part = True
             else:

@@ -38,8 +38,8 @@ class Worker:
     """A process that has a seat, from its launch until its death."""
 
     __slots__ = (
-        "begun", "begun_at", "booted", "ended_by_us", "is_watched", "kills", "left", "levelled", "lost", "number",
-        "quiet_since", "ready", "sent", "sent_bytes", "start_is_awaited", "state", "unfit",
+        "begun", "begun_at", "booted", "ended_by_us", "is_watched", "kills", "left", "levelled", "looked_up", "lost",
+        "number", "quiet_since", "ready", "sent", "sent_bytes", "start_is_awaited", "state", "unfit",
     )  # fmt: skip
 
     def __init__(self, number: int, left: int | None) -> None:
@@ -54,6 +54,7 @@ class Worker:
         self.begun_at = 0.0
         self.left = left  # tasks it may still be sent
         self.levelled = 0  # what it ran when something was last taken back for a worker that was free
+        self.looked_up = 0  # what it was to run when it was last looked up for that whether it does
         self.kills = 0
         self.lost = ""  # what was wrong with its channel
         self.unfit = ""  # why its initializer failed

@@ -236,14 +236,21 @@ class Seats:
         if worker.state is not W.BUSY or len(worker.sent) < 2:
             return  # it is watched again when it is sent more
         due = worker.quiet_since + STUCK_S
-        if self._now >= due:
+        if self._now >= due and worker.begun:
             self._take_from(worker)
-        else:
-            worker.is_watched = True
-            self._at(due, self._is_here, self._look_for_stuck, number)
+            return
+        worker.is_watched = True
+        if self._now >= due:
+            self._out.append(e.Look(number))
+            due = self._now + STUCK_S
+        self._at(due, self._is_here, self._look_for_stuck, number)
 
     def _take_from(self, worker: Worker) -> None:
-        """What it has not begun.  Once for each task that it runs: see ``_level``."""
+        """What waits behind the task that it runs; once for each of those, see ``_level``.
+
+        Scenario 3: (a) a worker that has begun nothing is stopped, (b) all that it has is taken from it, (c) so it has
+        nothing to do, and is sent something again, on and on, and nobody finds out.  So it must have begun something.
+        """
         worker.levelled = worker.number_at_head()
         self._out.append(e.TakeBack(worker.number))
 
@@ -342,25 +349,27 @@ class Seats:
         for worker in self._workers.values():
             if worker.state is not W.BUSY or len(worker.sent) < 2 or worker.levelled == worker.number_at_head():
                 continue
-            if is_worth_it:  # (then it must have begun: that is told late of what was sent alone)
-                due = worker.quiet_since + WORTH_MOVING_S
-            elif worker.begun:
-                due = max(worker.begun_at, self._now) + AHEAD_S
-            else:
+            if not is_worth_it and not worker.begun:
                 continue
-            if due <= self._now and free:
+            due = worker.quiet_since + WORTH_MOVING_S if is_worth_it else self._now + AHEAD_S
+            if due > self._now:
+                if not self._balancing:
+                    self._balancing = True
+                    self._at(due, always, self._level_now)
+            elif not worker.begun:  # as far as it was told, and that is told late of what was sent alone
+                if worker.looked_up != worker.number_at_head():
+                    worker.looked_up = worker.number_at_head()
+                    self._out.append(e.Look(worker.number))
+            elif free:
                 free -= 1
                 self._take_from(worker)
-            elif due > self._now and not self._balancing:
-                self._balancing = True
-                self._at(due, always, self._level_now)
 
     def _level_now(self) -> None:
         self._balancing = False
         if self._queued:
             return
         for worker in self._workers.values():
-            if worker.state is W.BUSY and len(worker.sent) > 1 and self._is_slow(worker):
+            if worker.state is W.BUSY and len(worker.sent) > 1 and worker.begun and self._is_slow(worker):
                 self._take_from(worker)
 
     # ------------------------------------------------------------ workers come

@@ -160,7 +160,7 @@ class _Link:
             self.token.close()
         if self.leftovers is not None:
             self.leftovers.close()
-        self.write = _leave_the_child  # it came back through our loop
+        self.write = self.journal.write = _leave_the_child  # it came back through our loop
 
     def send(self, frame: Frame) -> None:
         self.write(_wire.encode(frame))

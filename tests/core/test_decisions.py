@@ -233,6 +233,10 @@ def _taken_from(commands: list[e.Command]) -> list[int]:
     return [command.worker for command in commands if isinstance(command, e.TakeBack)]
 
 
+def _looked_at(commands: list[e.Command]) -> list[int]:
+    return [command.worker for command in commands if isinstance(command, e.Look)]
+
+
 def test_a_worker_has_more_to_do_before_it_is_done() -> None:
     """Of tasks that take 15 ms one is sent ahead: a worker that had to ask for it would wait."""
     core = _two_workers_that_know(0.015)
@@ -247,7 +251,10 @@ def test_a_free_worker_takes_what_waits_behind_another() -> None:
     assert (len(first), len(second)) == (2, 1)
     (busy,) = (worker for worker in core._workers.values() if len(worker.sent) == 2)
     free = 3 - busy.number
-    assert _taken_from(core.handle(e.Received(0.105, free, second, run_s=0.005))) == [busy.number]
+    commands = core.handle(e.Received(0.105, free, second, run_s=0.005))
+    assert _looked_at(commands) == [busy.number]
+    assert not _taken_from(commands)
+    assert _taken_from(core.handle(e.Received(0.105, busy.number, (), begun=first[0]))) == [busy.number]
     sent = _sent(core.handle(e.TakenBack(0.1051, busy.number, first[1:])))
     assert sent == {free: first[1:]}
 
@@ -257,6 +264,7 @@ def test_nobody_asks_again_and_again_for_what_has_begun() -> None:
     core = _two_workers_that_know(0.010)
     first, second = _sent(core.handle(e.TasksSubmitted(0.1, (3, 4, 5), plain=True))).values()
     (busy,) = (worker for worker in core._workers.values() if len(worker.sent) == 2)
+    core.handle(e.Received(0.104, busy.number, (), begun=first[0]))
     assert _taken_from(core.handle(e.Received(0.105, 3 - busy.number, second, run_s=0.005))) == [busy.number]
     assert not _taken_from(core.handle(e.TakenBack(0.1051, busy.number, ())))
     assert not _taken_from(core.handle(e.Ticked(0.11)))
@@ -274,7 +282,10 @@ def test_what_waits_behind_one_that_takes_for_ever_is_queued_again() -> None:
     now, taken = 0.1, []
     for task in sent[moving]:
         now += 0.3
-        taken += _taken_from(core.handle(e.Ticked(now)))
+        commands = core.handle(e.Ticked(now))
+        if stuck in _looked_at(commands):
+            commands = core.handle(e.Received(now, stuck, (), begun=sent[stuck][0]))
+        taken += _taken_from(commands)
         core.handle(e.Received(now, moving, (task,), run_s=0.005))
     assert taken == [stuck]
     core.handle(e.TakenBack(now, stuck, behind))
@@ -282,3 +293,23 @@ def test_what_waits_behind_one_that_takes_for_ever_is_queued_again() -> None:
     more = core.handle(e.Received(now, moving, tuple(in_hand), run_s=0.005))
     assert list(_sent(more)) == [moving]
     assert _sent(more)[moving][: len(behind)] == behind
+
+
+def test_nothing_is_taken_from_a_worker_that_has_begun_nothing() -> None:
+    """Scenario 3 of ``_seats``: one that is stopped would be sent something again, on and on."""
+    core = _two_workers_that_know(0.010)
+    core.handle(e.TasksSubmitted(0.1, (3, 4, 5), plain=True))
+    (stopped,) = (worker for worker in core._workers.values() if len(worker.sent) == 2)
+    free = 3 - stopped.number
+    looked = 0
+    killed = False
+    now = 0.1
+    core.handle(e.Received(0.105, free, tuple(core._workers[free].sent), run_s=0.005))
+    while now < 0.1 + _seats.ACK_LIMIT_S + 1 and not killed:
+        now += 0.25
+        commands = core.handle(e.Ticked(now))
+        assert not _taken_from(commands)
+        looked += len(_looked_at(commands))
+        killed = any(isinstance(command, e.Kill) for command in commands)
+    assert killed
+    assert 0 < looked < 50

@@ -398,3 +398,19 @@ def test_it_ends_where_it_is_closed(pool: MakePool, fn: Any) -> None:
     results.close()  # type: ignore[attr-defined]
     assert list(results) == []
     results.close()  # type: ignore[attr-defined]
+
+
+def fork_now_and_then(number: int) -> int:
+    note(number)
+    if number % 60 == 20:
+        os.fork()
+    return number
+
+
+@pytest.mark.parametrize("leftovers", ["kill", "leave"])
+def test_a_child_that_comes_back_through_the_loop_runs_nothing(pool: MakePool, leftovers: Any) -> None:
+    """An item forks and forgets: the child is not to run the rest of the batch, nor write on the worker's board."""
+    executor = pool(1, leftovers=leftovers)
+    assert list(executor.map(fork_now_and_then, range(MANY))) == list(range(MANY))
+    time.sleep(0.2)  # that a child would have to go on
+    assert noted() == Counter(range(MANY))
