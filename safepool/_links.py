@@ -322,8 +322,8 @@ class Links:
         self._events.append(e.WorkerDied(monotonic(), link.worker, code, unbegun, peak_bytes))
         self._forget(link)
 
-    def let_go(self, link: Link) -> None:
-        """Of a worker that is buried: its descriptors."""
+    def close(self, link: Link) -> None:
+        """One that is buried: give back its descriptors."""
         if not link.is_deaf:
             self._be_deaf_to(link)
         self._stop_watching(link)
@@ -340,7 +340,7 @@ class Links:
             self.salvage(link, mean_s)
             self._events.append(e.WorkerDied(monotonic(), worker, None, link.unbegun()))
             self._forget(link)
-            self.let_go(link)
+            self.close(link)
         elif worker in self.launching:
             tell_aside(CRITICAL, "safepool: worker %d is being launched for ever; it is given up", worker)
             self._abandoned.add(worker)

@@ -53,7 +53,7 @@ class Worker:
         self.begun = False  # it acknowledged the first of ``sent``
         self.begun_at = 0.0
         self.left = left  # tasks it may still be sent
-        self.levelled = 0  # what it ran when something was last taken back for a worker that was free
+        self.levelled = 0  # what it ran when what waited behind that was taken from it, and nothing was sent since
         self.looked_up = 0  # what it was to run when it was last looked up for that whether it does
         self.kills = 0
         self.lost = ""  # what was wrong with its channel

@@ -222,6 +222,7 @@ class Seats:
                 self._move_worker(worker, W.BUSY)
                 self._await_start(worker)
             self._out.append(e.Send(worker.number, tuple(batch), self._together()))
+            worker.levelled = 0
             if len(worker.sent) > 1 and not worker.is_watched:
                 worker.is_watched = True
                 self._at(self._now + STUCK_S, self._is_here, self._look_for_stuck, worker.number)
@@ -246,7 +247,7 @@ class Seats:
         self._at(due, self._is_here, self._look_for_stuck, number)
 
     def _take_from(self, worker: Worker) -> None:
-        """What waits behind the task that it runs; once for each of those, see ``_level``.
+        """What waits behind the task that it runs; ``_level`` does so again only if more was sent since.
 
         Scenario 3: (a) a worker that has begun nothing is stopped, (b) all that it has is taken from it, (c) so it has
         nothing to do, and is sent something again, on and on, and nobody finds out.  So it must have begun something.
@@ -345,17 +346,16 @@ class Seats:
         free = len(self._idle) + self._policy.max_workers - len(self._workers)
         if self._queued or not free or self._mean_s is None:
             return
-        is_worth_it = bool(self._idle) and self._mean_s >= WORTH_MOVING_S
+        is_worth_it = self._idle and self._mean_s >= WORTH_MOVING_S
+        patience_s = WORTH_MOVING_S if is_worth_it else AHEAD_S
         for worker in self._workers.values():
             if worker.state is not W.BUSY or len(worker.sent) < 2 or worker.levelled == worker.number_at_head():
                 continue
-            if not is_worth_it and not worker.begun:
-                continue
-            due = worker.quiet_since + WORTH_MOVING_S if is_worth_it else self._now + AHEAD_S
+            due = worker.quiet_since + patience_s
             if due > self._now:
                 if not self._balancing:
                     self._balancing = True
-                    self._at(due, always, self._level_now)
+                    self._at(due, always, self._level_again)
             elif not worker.begun:  # as far as it was told, and that is told late of what was sent alone
                 if worker.looked_up != worker.number_at_head():
                     worker.looked_up = worker.number_at_head()
@@ -364,13 +364,9 @@ class Seats:
                 free -= 1
                 self._take_from(worker)
 
-    def _level_now(self) -> None:
+    def _level_again(self) -> None:
+        """``handle`` does."""
         self._balancing = False
-        if self._queued:
-            return
-        for worker in self._workers.values():
-            if worker.state is W.BUSY and len(worker.sent) > 1 and worker.begun and self._is_slow(worker):
-                self._take_from(worker)
 
     # ------------------------------------------------------------ workers come
 

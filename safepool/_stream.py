@@ -232,9 +232,35 @@ class _Flat(itertools.chain):  # type: ignore[type-arg]
     """A class of our own has room for ``close``."""
 
 
+class _Source:
+    """Chunks for ``_Flat``, which drops its source at the first error that comes from there.
+
+    Scenario 1: (a) a thread waits for a chunk, (b) another one asks for the next value, and is told that the generator
+    runs already, (c) the first one finds nothing after its chunk.  So that is raised where a value should be.
+    """
+
+    def __init__(self, chunks: Generator[Iterable[Any]]) -> None:
+        self._chunks: Any = chunks
+
+    def __iter__(self) -> _Source:
+        return self
+
+    def __next__(self) -> Iterable[Any]:
+        try:
+            return next(self._chunks)
+        except ValueError as error:
+            if self._chunks.gi_frame is None:
+                raise  # that of a task
+            return map(_raise, (error,))
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
 def flat(chunks: Generator[Iterable[Any]]) -> Iterator[Any]:
-    """What is in them; a generator, but quicker.  If it is closed within a chunk, ``chunks`` ends that."""
-    found: Any = _Flat.from_iterable(chunks)
+    """What is in them, as fast as can be; can be closed, too.  If that is within a chunk, ``chunks`` ends that."""
+    found: Any = _Flat.from_iterable(_Source(chunks))
     found.close = chunks.close
     return found  # type: ignore[no-any-return]
 

@@ -459,7 +459,7 @@ class Watchdog:
             self._batch_done.clear()
 
     def _listen(self, ready: list[Any]) -> None:
-        """To what is ready: ``None``, the mailbox; or a link, and what of it."""
+        """To what is ready: ``None``, somebody who woke us; or a link, and what of it."""
         # Deaths first: they read their channel to the end, and a closed channel is then no news.
         for data in sorted(ready, key=_deaths_first) if len(ready) > 1 else ready:
             if data is None:
@@ -487,7 +487,7 @@ class Watchdog:
             try:
                 self._drain()  # who waits for its task is told before anything else
             finally:
-                self._links.let_go(link)
+                self._links.close(link)
 
     def _trim(self, now: float) -> None:
         """Whatever makes a block free is an event, and this is called after it; then a timer runs, until none is."""

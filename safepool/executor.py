@@ -75,7 +75,7 @@ class _Submitter(Executor):
         ``timeout``: seconds from this call until the last result; ``chunksize``: items per task;
         ``buffersize``: take no more than so many tasks' items in advance (None: all, now).
         Raises ``TypeError`` or ``ValueError`` for wrong arguments; the iterator raises ``TimeoutError``,
-        and the first error of a task.  Leaving the iterator cancels what has not begun.
+        and the first error of a task.  Leaving the iterator, once it has begun, cancels what has not begun.
         """
         if not callable(fn):
             raise TypeError(f"fn must be callable; got {fn!r}")

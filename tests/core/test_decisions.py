@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from safepool import _core, _seats
 from safepool import _events as e
 from safepool.policy import PoolPolicy
@@ -270,6 +272,28 @@ def test_nobody_asks_again_and_again_for_what_has_begun() -> None:
     assert not _taken_from(core.handle(e.Ticked(0.11)))
     core.handle(e.Received(0.12, busy.number, first, run_s=0.01))
     assert not core.snapshot().tasks
+
+
+def test_what_is_sent_behind_the_same_task_again_is_taken_again() -> None:
+    """A worker that something was taken from is sent more, for its task is young; and then the other one is free."""
+    core = _two_workers_that_know(0.010)
+    first, second = _sent(core.handle(e.TasksSubmitted(0.1, (3, 4, 5), plain=True))).values()
+    (busy,) = (worker for worker in core._workers.values() if len(worker.sent) == 2)
+    free = core._workers[3 - busy.number]
+    core.handle(e.Received(0.104, busy.number, (), begun=first[0]))
+    core.handle(e.Received(0.105, free.number, second, run_s=0.005))
+    core.handle(e.TakenBack(0.105, busy.number, first[1:]))
+    sent = _sent(core.handle(e.TasksSubmitted(0.106, (6, 7, 8, 9), plain=True)))
+    assert len(sent[busy.number]) == 1
+    taken = []
+    while len(free.sent):
+        taken += _taken_from(core.handle(e.Received(0.110, free.number, tuple(map(_number, free.sent)), run_s=0.001)))
+    assert taken == [busy.number]
+
+
+def _number(one: Any) -> int:
+    number: int = one if isinstance(one, int) else one.new.task
+    return number
 
 
 def test_what_waits_behind_one_that_takes_for_ever_is_queued_again() -> None:

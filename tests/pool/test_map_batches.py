@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -414,3 +415,28 @@ def test_a_child_that_comes_back_through_the_loop_runs_nothing(pool: MakePool, l
     assert list(executor.map(fork_now_and_then, range(MANY))) == list(range(MANY))
     time.sleep(0.2)  # that a child would have to go on
     assert noted() == Counter(range(MANY))
+
+
+def test_two_threads_at_one_iterator(pool: MakePool) -> None:
+    """Who asks while the other one waits is told so, as with a generator; and nothing is lost for the other one."""
+    executor = pool(2)
+    results = executor.map(doze, range(100), chunksize=5)
+    found: list[int] = []
+    reader = threading.Thread(target=lambda: found.extend(results), daemon=True)
+    reader.start()
+    refused = 0
+    while reader.is_alive() and not refused:
+        try:
+            found.append(next(results))
+        except ValueError:
+            refused += 1
+        except StopIteration:
+            break
+    reader.join(LIMIT_S)
+    assert refused
+    assert sorted(found) == list(range(100))
+
+
+def doze(number: int) -> int:
+    time.sleep(0.01)
+    return number
