@@ -422,18 +422,24 @@ def test_two_threads_at_one_iterator(pool: MakePool) -> None:
     executor = pool(2)
     results = executor.map(doze, range(100), chunksize=5)
     found: list[int] = []
-    reader = threading.Thread(target=lambda: found.extend(results), daemon=True)
-    reader.start()
-    refused = 0
-    while reader.is_alive() and not refused:
-        try:
-            found.append(next(results))
-        except ValueError:
-            refused += 1
-        except StopIteration:
-            break
-    reader.join(LIMIT_S)
-    assert refused
+    refused: list[str] = []
+
+    def read() -> None:
+        while True:
+            try:
+                found.append(next(results))
+            except StopIteration:
+                return
+            except ValueError as error:
+                refused.append(str(error))
+                time.sleep(0.002)
+
+    readers = [threading.Thread(target=read, daemon=True) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(LIMIT_S)
+    assert set(refused) == {"generator already executing"}
     assert sorted(found) == list(range(100))
 
 
