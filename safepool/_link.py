@@ -144,9 +144,9 @@ class Link:
         """
         if self._tickets is None or "board" not in _os.CAPABILITIES:
             return False
-        if self._token is None and count < least:
-            return False
         if self._token is None:
+            if count < least:
+                return False
             try:
                 if self._board is None:  # (else it is there since an attempt at which the token was not to be had)
                     self._board = _os.open_board(_wire.Board.BYTES)

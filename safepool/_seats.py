@@ -346,8 +346,7 @@ class Seats:
         free = len(self._idle) + self._policy.max_workers - len(self._workers)
         if self._queued or not free or self._mean_s is None:
             return
-        is_worth_it = self._idle and self._mean_s >= WORTH_MOVING_S
-        patience_s = WORTH_MOVING_S if is_worth_it else AHEAD_S
+        patience_s = WORTH_MOVING_S if self._idle and self._mean_s >= WORTH_MOVING_S else AHEAD_S
         for worker in self._workers.values():
             if worker.state is not W.BUSY or len(worker.sent) < 2 or worker.levelled == worker.number_at_head():
                 continue

@@ -72,8 +72,6 @@ class Side:
 
     def relieve(self, now: float) -> float | None:
         """Replace the thread if its job takes too long; when to look again, in monotonic seconds."""
-        if not self.jobs:
-            return None
         with self._changed:
             if not self.jobs:
                 return None

@@ -378,7 +378,7 @@ PLAIN = {
 def test_chunks_of_anything(pool: MakePool, items: Any, chunksize: int) -> None:
     """Whatever is cut into chunks, and however these travel, each item is given to the function and comes back."""
     executor = pool(2)
-    assert list(executor.map(tasks.echo, items, chunksize=chunksize)) == list(items)
+    assert list(executor.map(tasks.echo, items, timeout=LIMIT_S, chunksize=chunksize)) == list(items)
 
 
 def test_what_is_taken_is_taken_at_the_call(pool: MakePool) -> None:
@@ -386,7 +386,7 @@ def test_what_is_taken_is_taken_at_the_call(pool: MakePool) -> None:
     executor = pool(1)
     executor.submit(time.sleep, 0.2)
     items = list(range(1_000))
-    results = executor.map(tasks.echo, items, chunksize=10)
+    results = executor.map(tasks.echo, items, timeout=LIMIT_S, chunksize=10)
     items[500:] = ["other", "things"]
     assert list(results) == list(range(1_000))
 
@@ -394,7 +394,7 @@ def test_what_is_taken_is_taken_at_the_call(pool: MakePool) -> None:
 @pytest.mark.parametrize("fn", [tasks.echo, lambda number: [number]], ids=["small", "pickled"])
 def test_it_ends_where_it_is_closed(pool: MakePool, fn: Any) -> None:
     """Within a chunk, too; and what is left of the chunk is kept nowhere."""
-    results = pool(2).map(fn, range(1_000), chunksize=100)
+    results = pool(2).map(fn, range(1_000), timeout=LIMIT_S, chunksize=100)
     assert len(list(islice(results, 150))) == 150
     results.close()  # type: ignore[attr-defined]
     assert list(results) == []
@@ -412,7 +412,7 @@ def fork_now_and_then(number: int) -> int:
 def test_a_child_that_comes_back_through_the_loop_runs_nothing(pool: MakePool, leftovers: Any) -> None:
     """An item forks and forgets: the child is not to run the rest of the batch, nor write on the worker's board."""
     executor = pool(1, leftovers=leftovers)
-    assert list(executor.map(fork_now_and_then, range(MANY))) == list(range(MANY))
+    assert list(executor.map(fork_now_and_then, range(MANY), timeout=LIMIT_S)) == list(range(MANY))
     time.sleep(0.2)  # that a child would have to go on
     assert noted() == Counter(range(MANY))
 
@@ -420,7 +420,7 @@ def test_a_child_that_comes_back_through_the_loop_runs_nothing(pool: MakePool, l
 def test_two_threads_at_one_iterator(pool: MakePool) -> None:
     """Who asks while the other one waits is told so, as with a generator; and nothing is lost for the other one."""
     executor = pool(2)
-    results = executor.map(doze, range(100), chunksize=5)
+    results = executor.map(doze, range(100), timeout=LIMIT_S, chunksize=5)
     found: list[int] = []
     refused: list[str] = []
 
