@@ -69,7 +69,8 @@ def thread() -> Iterator[ThreadPoolExecutor]:
 def _hearing(
     thread: ThreadPoolExecutor, executor: SafePoolExecutor, gate: Path, value: int = 0
 ) -> tuple[SafeFuture, Future[Any]]:
-    """A task that waits for ``gate`` and whose submitter is hearing its worker, and what that comes to."""
+    """A task that has begun, waits for ``gate``, and whose submitter is hearing its worker; and what that comes to."""
+    begun = _begun(gate)
     for _ in range(MOST_TRIES):
         made: list[SafeFuture] = []
 
@@ -80,12 +81,13 @@ def _hearing(
         outcome = thread.submit(work)
         end = time.monotonic() + SLACK_S
         while time.monotonic() < end:
-            if any(not loan.is_left for loan in executor._watchdog._loans):
-                return made[0], outcome
+            if begun.exists() and any(not loan.is_left for loan in executor._watchdog._loans):
+                return made[0], outcome  # (one that has not begun is cancelled, and sent again after a death)
             time.sleep(0.001)
         gate.touch()  # the watchdog was awake just then
         outcome.result(LIMIT_S)
         gate.unlink()
+        begun.unlink()
         _lent(executor)
     raise AssertionError("nobody hears a worker")
 
@@ -98,8 +100,13 @@ def a_list(number: int) -> list[int]:
     return [number]
 
 
+def _begun(gate: Path) -> Path:
+    return gate.with_name(f"{gate.name}-begun")
+
+
 def wait_for(gate: str, value: int = 0) -> int:
-    """As that of ``tasks``, for an argument that is plain."""
+    """As that of ``tasks``, for an argument that is plain; who asks can see that it has begun."""
+    _begun(Path(gate)).touch()
     return int(tasks.wait_for(Path(gate), value))
 
 
