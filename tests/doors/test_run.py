@@ -500,6 +500,7 @@ def test_what_is_left_when_both_are_killed_is_found_by_its_tag(program: Program)
     """In the same moment: ``safepool clean``, or the next program with a pool, ends it."""
     clean = [sys.executable, "-m", "safepool", "clean", "--end", "kill"]
     for _ in range(MOST_TRIES):
+        (program.folder / "ready").unlink(missing_ok=True)
         process = program.start(program.script(LEAVER + READY + "time.sleep(600)"))
         pid = int(program.wait_for("ready"))
         guard = next(child for child in psutil.Process(process.pid).children() if child.name() == "safepool-guard")

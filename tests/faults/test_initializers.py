@@ -17,7 +17,7 @@ import pytest
 from safepool import SafePoolExecutor, TaskTimeout, WorkerStartError, _seats
 from tests.faults import tasks
 from tests.pool import tasks as plain
-from tests.pool.test_deaths import BREAK_S, error_of, is_broken, is_usable
+from tests.pool.test_deaths import BREAK_S, error_of, is_broken, is_usable, submitted_before_it_breaks
 from tests.support import LIMIT_S, SLACK_S, until
 
 MakePool = Callable[..., SafePoolExecutor]
@@ -48,7 +48,7 @@ def test_it_raises(pool: MakePool, initializer: Any, argument: Any, words: str) 
     """Each future fails with the words of what was raised, soon, whatever that is; and so does submit."""
     executor = pool(2, initializer=initializer, initargs=(argument,))
     began = monotonic()
-    for future in [executor.submit(plain.echo, n) for n in range(3)]:
+    for future in submitted_before_it_breaks(executor, 3):
         error = error_of(future)
         assert type(error) is WorkerStartError
         assert words in str(error)
@@ -124,7 +124,7 @@ def succeed_if(good: Path) -> None:
 def test_its_arguments_cannot_be_pickled(pool: MakePool, bad: Any) -> None:
     """The futures say so; and a shutdown at once does not hang."""
     executor = pool(2, initializer=plain.echo, initargs=(bad,))
-    for future in [executor.submit(plain.echo, n) for n in range(3)]:
+    for future in submitted_before_it_breaks(executor, 3):
         error = error_of(future)
         assert type(error) is WorkerStartError
     executor.shutdown()

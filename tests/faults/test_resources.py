@@ -17,7 +17,7 @@ from safepool import PoolBroken, SafePoolExecutor, WorkerDied, WorkerStartError
 from safepool._launch import Launcher, WorkerProcess
 from tests.faults import tasks
 from tests.pool import tasks as plain
-from tests.pool.test_deaths import BREAK_S, error_of, is_usable
+from tests.pool.test_deaths import BREAK_S, error_of, is_usable, submitted_before_it_breaks
 from tests.support import LIMIT_S, SLACK_S, run_script
 
 MakePool = Callable[..., SafePoolExecutor]
@@ -151,7 +151,7 @@ def test_refusals_for_ever_are_told(pool: MakePool) -> None:
     """Who starts nobody says so in bounded time, to every task."""
     executor = pool(2)
     executor._watchdog._launcher = Reluctant(executor._watchdog._launcher, [REFUSALS[0]] * 10_000)
-    for future in [executor.submit(plain.echo, n) for n in range(3)]:
+    for future in submitted_before_it_breaks(executor, 3):
         error = error_of(future, BREAK_S)
         assert type(error) is WorkerStartError
         assert "no process for you now" in str(error)

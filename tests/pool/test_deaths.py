@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from safepool import PoisonTask, PoolBroken, Retry, SafePoolExecutor, WorkerDied, WorkerStartError
+from safepool import PoisonTask, PoolBroken, Retry, SafeFuture, SafePoolExecutor, WorkerDied, WorkerStartError
 from tests.pool import tasks
 from tests.support import LIMIT_S, PROMPT_S, SLACK_S, is_gone, until
 
@@ -238,12 +238,20 @@ def is_broken(executor: SafePoolExecutor, reason: str) -> None:
         executor.submit(tasks.echo, 1)
 
 
+def submitted_before_it_breaks(executor: SafePoolExecutor, count: int) -> list[SafeFuture]:
+    """Calls of a pool whose workers cannot start: all, unless it is broken, and says so, before the last of them."""
+    futures = [executor.submit(tasks.echo, 0)]
+    with suppress(PoolBroken):
+        for n in range(1, count):
+            futures.append(executor.submit(tasks.echo, n))  # noqa: PERF401
+    return futures
+
+
 def test_an_initializer_that_exits_breaks_the_pool(pool: MakePool, context: Any) -> None:
     """Workers that die in their initializer, one after another, end in a broken pool, not in a loop."""
     executor = pool(2, context, initializer=tasks.exit_in_initializer)
     began = monotonic()
-    futures = [executor.submit(tasks.echo, n) for n in range(5)]
-    for future in futures:
+    for future in submitted_before_it_breaks(executor, 5):
         error = error_of(future)
         assert type(error) is WorkerStartError
         assert "exit code 1" in str(error)
@@ -252,13 +260,12 @@ def test_an_initializer_that_exits_breaks_the_pool(pool: MakePool, context: Any)
 
 
 class Refusal:
-    """A start context whose processes cannot be started, once a launch may be tried at all."""
+    """A start context whose processes cannot be started."""
 
     def __init__(self, error: Exception) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._error = error
         self.starts = 0
-        self.may_start = threading.Event()
 
     def get_start_method(self, allow_none: bool = False) -> str:
         return "spawn"
@@ -270,7 +277,6 @@ class Refusal:
 
     def _refuse(self) -> None:
         self.starts += 1
-        assert self.may_start.wait(BREAK_S)
         raise self._error
 
 
@@ -282,9 +288,7 @@ def test_a_system_that_starts_no_process_breaks_the_pool(pool: MakePool, error: 
     refusal = Refusal(error)
     executor = pool(2, refusal)
     began = monotonic()
-    futures = [executor.submit(tasks.echo, n) for n in range(3)]
-    refusal.may_start.set()  # a pool that is broken before all are submitted refuses the rest
-    for future in futures:
+    for future in submitted_before_it_breaks(executor, 3):
         assert type(error_of(future)) is WorkerStartError
         assert "no process for you" in str(error_of(future))
     assert monotonic() - began < BREAK_S
@@ -296,11 +300,7 @@ def test_an_initializer_that_raises_is_named(pool: MakePool, context: Any, caplo
     """The futures fail with the traceback of the initializer, and the pool says that it is broken."""
     caplog.set_level(logging.CRITICAL)
     executor = pool(2, context, initializer=tasks.raise_in_initializer, initargs=("a wrong model",))
-    futures = [executor.submit(tasks.echo, 0)]
-    with suppress(BrokenProcessPool):  # it may be broken before all are submitted
-        for n in range(2):
-            futures.append(executor.submit(tasks.echo, n))  # noqa: PERF401
-    for future in futures:
+    for future in submitted_before_it_breaks(executor, 3):
         error = error_of(future)
         assert type(error) is WorkerStartError
         for words in ("initializer", "raise_in_initializer", "ValueError: a wrong model"):
