@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from safepool import SafePoolExecutor, _os
 from tests.support import LIMIT_S
@@ -26,6 +27,10 @@ HELPERS = ("multiprocessing.forkserver", "resource_tracker", "semaphore_tracker"
 #: And safepool: one keeper, the process that workers are forked from, and the one that is forked in advance.
 KEPT = ("safepool-keeper", "safepool-zygote", "safepool-spare")
 CONTEXTS = ("default", "fork", "spawn", "forkserver")
+
+# How long an example takes is the machine's affair; no test has more time than pytest-timeout gives it.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 # ------------------------------------------------------------------ the audit

@@ -24,7 +24,6 @@ def test_the_simulation_kills(mutant: type[Core]) -> None:
             settings=settings(
                 max_examples=6000,
                 stateful_step_count=50,
-                deadline=None,
                 derandomize=True,
                 report_multiple_bugs=False,
                 phases=[Phase.generate],

@@ -15,7 +15,6 @@ def test_the_invariants_hold_in_every_history() -> None:
         settings=settings(
             max_examples=250,
             stateful_step_count=50,
-            deadline=None,
             report_multiple_bugs=False,
             phases=[Phase.generate],  # shrinking takes minutes; the violation tells the last steps
             suppress_health_check=list(HealthCheck),

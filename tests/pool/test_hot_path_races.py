@@ -161,7 +161,7 @@ _plain = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(values=st.lists(_plain))
 def test_a_list_of_what_was_told_one_by_one(values: list[Any]) -> None:
     """Is as if it had been told at once: what tasks came to is on the board first, and then in the answer."""
