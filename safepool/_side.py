@@ -119,9 +119,13 @@ class Side:
         self.leave()
 
     def leave(self) -> None:
-        """Wait for the end of a thread that has nothing to do, so that no trace of it is left; not for a job."""
+        """Wait a moment for the thread's end, so that no trace of it is left; not for a job that takes longer.
+
+        Scenario 2: (a) a launch has posted what came of it, which was all that the pool waited for, (b) the pool is
+        closed, (c) whoever shut it down counts threads, before the launch has returned.
+        """
         last = self._last
-        if last is not None and last is not threading.current_thread() and self._busy_since is None:
+        if last is not None and last is not threading.current_thread():
             last.join(JOIN_SLICE_S)
 
     def _await_jobs(self) -> None:

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from safepool import PoolBroken, SafePoolExecutor, TaskTimeout, WorkerStartError, _payload, _seats, as_completed
+from safepool._watchdog import Watchdog
 from safepool.errors import Attempt, with_attempts
 from tests.conftest import CONTEXTS
 from tests.pool import tasks
@@ -228,8 +229,16 @@ def test_forks_that_meet_leave_no_lock_behind() -> None:
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "free\n")
 
 
-def test_no_thread_of_a_pool_is_left_when_shutdown_returns() -> None:
-    """Whoever counts threads right after a pool finds none of its own."""
+@pytest.mark.parametrize("slow_s", [0.0, 0.05])
+def test_no_thread_of_a_pool_is_left_when_shutdown_returns(slow_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever counts threads right after a pool finds none of its own, though a launch returns only just then."""
+    launch = Watchdog._launch
+
+    def slow(self: Watchdog, worker: int) -> None:
+        launch(self, worker)
+        sleep(slow_s)
+
+    monkeypatch.setattr(Watchdog, "_launch", slow)
     for _ in range(20):
         with SafePoolExecutor(2) as executor:
             executor.submit(abs, -1).result(LIMIT_S)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from safepool import CAPABILITIES, SafePoolExecutor, TaskTimeout
+from safepool import CAPABILITIES, SafePoolExecutor, TaskTimeout, _stacks
 from tests.pool.stack_tasks import (
     asleep_for_long,
     busy_in_c,
@@ -27,6 +27,13 @@ TIMEOUT_S = 0.3
 Make = Callable[..., SafePoolExecutor]
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is asked may take as long as a loaded machine needs."""
+    monkeypatch.setattr(_stacks, "ANSWER_LIMIT_S", LIMIT_S)
+
+
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("task", [asleep_for_long, busy_in_python, busy_in_c])
 def test_a_timeout_says_where_its_task_was(pool: Make, context: Any, task: Callable[[], None]) -> None:
     """On the error, as a note, and on the future; whatever the task does, and however its worker was started."""
@@ -53,6 +60,7 @@ def test_who_cannot_answer_is_killed_all_the_same(pool: Make, task: Callable[[],
     assert future.stacks == ""
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_later_attempt_does_not_tell_of_an_earlier_one(pool: Make, tmp_path: Path) -> None:
     """The first attempt is stopped where it sleeps; the second dies where nobody could ask it."""
     future = pool(1, stacks=True).options(timeout=TIMEOUT_S, retry=1).submit(sleep_then_die, str(tmp_path / "once"))
@@ -71,7 +79,7 @@ def test_dump_stacks_asks_everybody_and_disturbs_nobody(pool: Make, context: Any
     futures = [executor.submit(held_up, str(tmp_path)) for _ in range(2)]
     until(lambda: len([*tmp_path.iterdir()]) == 2, "both run")
     for _ in range(2):
-        found = executor.dump_stacks()
+        found = executor.dump_stacks(LIMIT_S)
         assert found.keys() == {future.worker_pid for future in futures}
         assert all(text.count("in held_up") == 1 for text in found.values()), found
     (tmp_path / "go").touch()
