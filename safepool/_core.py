@@ -169,7 +169,10 @@ class Core(Seats):
         worker = self._workers.get(event.worker)
         if worker is None:
             return
+        waited_s = 0.0 if worker.begun else worker.run_s(self._now)
         self._requeue(worker, event.tasks)
+        if not worker.sent:
+            self._waited_in_vain(worker, waited_s)
         for task in tuple(self._make_known(worker)):
             if task.wish is not None and not task.wish_kills:
                 task.wish = None  # it has begun: too late to cancel
@@ -273,7 +276,7 @@ class Core(Seats):
 
     def _finished(self, worker: Worker, event: e.Received) -> None:
         sent, done = worker.sent, list[int]()
-        worker.quiet_since = self._now
+        worker.quiet_since, worker.waited_s = self._now, 0.0
         finished: Sequence[int] = event.finished
         if len(finished) <= len(sent) and not (event.raised and self._like):
             heads = popped(sent, len(finished))
@@ -341,7 +344,7 @@ class Core(Seats):
             return
         if isinstance(head, Task) and head.state is not T.SENT:
             return
-        worker.begun, worker.begun_at = True, self._now
+        worker.begun, worker.begun_at, worker.waited_s = True, self._now, 0.0
         self._moved_at = self._now
         self._failed_starts = 0
         self._out.append(e.Began(number, worker.number))

@@ -39,7 +39,7 @@ class Worker:
 
     __slots__ = (
         "begun", "begun_at", "booted", "ended_by_us", "is_watched", "kills", "left", "levelled", "looked_up", "lost",
-        "number", "quiet_since", "ready", "sent", "sent_bytes", "start_is_awaited", "state", "unfit",
+        "number", "quiet_since", "ready", "sent", "sent_bytes", "start_is_awaited", "state", "unfit", "waited_s",
     )  # fmt: skip
 
     def __init__(self, number: int, left: int | None) -> None:
@@ -59,6 +59,7 @@ class Worker:
         self.lost = ""  # what was wrong with its channel
         self.unfit = ""  # why its initializer failed
         self.quiet_since = 0.0  # it has had its first task to do since then
+        self.waited_s = 0.0  # that it has had tasks, which were taken from it, and has begun none
         self.start_is_awaited = False  # a timer looks at that
         self.is_watched = False  # a timer looks whether tasks wait behind one that takes too long
 

@@ -300,7 +300,9 @@ class Seats:
         self._await_start(worker)
 
     def _on_answered_directly(self, event: e.AnsweredDirectly) -> None:
-        if event.worker in self._workers:
+        worker = self._workers.get(event.worker)
+        if worker is not None:
+            worker.waited_s = 0.0
             self._note_answers(event.run_s)
 
     def _note_answers(self, run_s: float) -> None:
@@ -315,11 +317,22 @@ class Seats:
         """Scenario 1: an idle worker is stopped, or stuck, and gets a task, whose timeout never starts.
 
         A plain task does not tell that it has begun, so that is looked up before anybody is blamed.
+
+        Scenario 4: (a) a worker is stopped, (b) what it is sent has a deadline of a second, or is cancelled, and is
+        taken from it, (c) so it has nothing to do, and is sent the next one, which it does not begin either: all that
+        it is ever sent is lost.  So the times that it had something to begin are added up until it begins something.
         """
         worker.quiet_since = self._now
         if not worker.start_is_awaited:
             worker.start_is_awaited = True
             self._at(self._now + LOOK_S, self._is_here, self._look_for_start, worker.number)
+
+    def _waited_in_vain(self, worker: Worker, waited_s: float) -> None:
+        """It has begun nothing in all that time, and all was taken from it."""
+        if waited_s > LOOK_S:  # one that is well is not blamed for a thousand tasks that are cancelled at once
+            worker.waited_s += waited_s
+            if worker.waited_s >= ACK_LIMIT_S and worker.state is W.IDLE:
+                self._kill(worker)
 
     def _is_here(self, number: int) -> bool:
         return number in self._workers
@@ -329,7 +342,8 @@ class Seats:
         worker.start_is_awaited = False
         if worker.state is not W.BUSY or worker.begun:
             return
-        due = worker.quiet_since + ACK_LIMIT_S + worker.sent_bytes / READ_BYTES_PER_S
+        limit_s = max(2 * LOOK_S, ACK_LIMIT_S - worker.waited_s)
+        due = worker.quiet_since + limit_s + worker.sent_bytes / READ_BYTES_PER_S
         if self._now >= due:
             self._kill(worker)
             return

@@ -15,7 +15,7 @@ from typing import Any
 
 from . import _events as e
 from ._core import Core
-from ._seats import KILL_AGAIN_S
+from ._seats import ACK_LIMIT_S, KILL_AGAIN_S, LOOK_AGAIN_S, READ_BYTES_PER_S
 from .policy import PoolPolicy
 
 SHORTAGE_BOUND_S = 4.0
@@ -47,6 +47,7 @@ class VirtualWorker:
     immortal: bool = False  # uninterruptible sleep: even SIGKILL waits
     unheard: set[int] = field(default_factory=set)  # tasks whose answers its lost channel swallowed
     begins: int = 0
+    waited_s: float = 0.0  # that it has had something to begin, and has not, since it last told of anything
 
     def can_work(self) -> bool:
         return not self.kills and not self.asked_to_exit
@@ -228,6 +229,7 @@ class Simulation:
                 while ticket and worker.inbox and worker.ticket_of.get(worker.inbox[0]) == ticket:
                     worker.drawn.append(worker.inbox.popleft())
             task = worker.in_hand = worker.drawn.popleft()
+            worker.waited_s = 0.0
             # (What shares a ticket with a task that has begun cannot be kept from beginning, but by its worker's end.)
             settled = task in self.outcomes and self.policy.take_back and not of_a_batch
             self._check(not settled, f"task {task} begins after it was settled")
@@ -281,14 +283,22 @@ class Simulation:
             self._check_starvation(min(end, due) if due is not None else end)
             if due is None or due > end:
                 break
-            self.now = max(self.now, due)
+            self._pass_to(max(self.now, due))
             self._feed(e.Ticked(self.now))
             after = self.core.next_deadline()
             self._check(after is None or after > self.now, "a timer is due after the clock has ticked")
         else:
             raise Violation("the timers never come to rest")
-        self.now = end
+        self._pass_to(end)
         self._check_limits()
+        self._check_the_frozen()
+
+    def _pass_to(self, now: float) -> None:
+        for worker in self.workers.values():
+            is_able = worker.ready and not worker.deaf and worker.can_work()
+            if is_able and worker.inbox and worker.in_hand is None and not worker.drawn and not worker.pipe:
+                worker.waited_s += now - self.now
+        self.now = now
 
     def settle(self) -> None:
         """The faults stop: in a fair world everything must come to its end, and a shutdown to CLOSED."""
@@ -379,6 +389,7 @@ class Simulation:
             worker.pipe.clear()
         if not worker.pipe:
             return
+        worker.waited_s = 0.0
         finished = tuple(task for kind, task, _ in worker.pipe if kind == "finished")
         raised = frozenset(task for kind, task, ok in worker.pipe if kind == "finished" and not ok)
         # (What is doomed is its worker's until that dies, even if it answers.)
@@ -596,6 +607,14 @@ class Simulation:
                     limits.append(max(self._moved_at, self._began_at[task]) + self.policy.stall_timeout)
                 over = [limit for limit in limits if limit is not None and limit < self.now]
                 self._check(not over, f"task {task} runs past its limit")
+
+    def _check_the_frozen(self) -> None:
+        """Who begins nothing of all that it is sent does not keep its seat."""
+        for worker in self.workers.values():
+            size_bytes = sum(self.tasks[task].size_bytes for task in worker.inbox)
+            bound_s = ACK_LIMIT_S + LOOK_AGAIN_S + size_bytes / READ_BYTES_PER_S
+            is_over = worker.waited_s > bound_s and worker.can_work()
+            self._check(not is_over, f"worker {worker.number} has begun nothing for {worker.waited_s:g} s")
 
     def _answer_is_on_the_way(self, task: int) -> bool:
         return any(kind == "finished" and t == task for w in self.workers.values() for kind, t, _ in w.pipe)

@@ -271,6 +271,19 @@ def machine(core: Callable[[PoolPolicy], Core] = Core) -> type[RuleBasedStateMac
             worker.stuck = True
             worker.immortal = worker.immortal or immortal
 
+        @precondition(lambda self: self.sim.workers and len(self.sim.tasks) < MOST_TASKS - 4 and not self.sim.closed)
+        @rule(deadline=st.sampled_from([None, 0.5, 6.0]))
+        def freeze_and_withdraw(self, deadline: float | None) -> None:
+            """Workers are stopped, and what they are sent is taken from them again, and again."""
+            for number in sorted(self.sim.workers):
+                self.sim.ready(number)
+                self.sim.workers[number].stuck = True
+            for _ in range(4):
+                if not self.sim.closed:
+                    task = self.sim.submit(deadline=deadline)
+                    self.sim.advance(6.0)
+                    self.sim.cancel(task)
+
         @precondition(lambda self: any(not w.ready for w in self.sim.workers.values()))
         @rule()
         def hang_at_start(self) -> None:

@@ -222,6 +222,26 @@ class FrozenWorkerWaitedFor(Core):
         pass
 
 
+class FrozenWorkerForgiven(Core):
+    """A worker that begins nothing has all the time anew whenever what it has is taken from it."""
+
+    def _waited_in_vain(self, worker: Any, waited_s: float) -> None:
+        pass
+
+
+class FrozenWorkerEmptied(Core):
+    """What waits at a worker is taken from it though it has begun nothing, and that counts for nothing."""
+
+    def _look_for_start(self, number: int) -> None:
+        super()._look_for_start(number)
+        worker = self._workers[number]
+        if worker.state is WorkerState.BUSY and not worker.begun:
+            self._take_from(worker)
+
+    def _waited_in_vain(self, worker: Any, waited_s: float) -> None:
+        pass
+
+
 class PlainTaskTakenForFrozen(Core):
     """A plain task does not say that it has begun, so its worker is killed as one that has not."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from safepool import _core, _seats
 from safepool import _events as e
 from safepool.policy import PoolPolicy
@@ -337,3 +339,26 @@ def test_nothing_is_taken_from_a_worker_that_has_begun_nothing() -> None:
         killed = any(isinstance(command, e.Kill) for command in commands)
     assert killed
     assert 0 < looked < 50
+
+
+@pytest.mark.parametrize(("each_s", "most"), [(0.5, 20), (6.0, 2), (0.001, None)])
+def test_a_worker_that_begins_nothing_of_all_that_it_is_sent(each_s: float, most: int | None) -> None:
+    """Scenario 4 of ``_seats``: all of it has a deadline, or is cancelled; ten seconds of that end the worker.
+
+    Not one that had no time to begin anything.
+    """
+    core = _two_workers_that_know(0.010)
+    now, killed_after = 0.1, None
+    for task in range(3, 200):
+        events = [e.TasksSubmitted(now, (task,), plain=True), e.CancelRequested(now + each_s, task)]
+        commands = [command for event in events for command in core.handle(event)]
+        taken = _taken_from(commands)
+        if not taken:
+            killed_after = task - 3
+            break
+        now += each_s
+        killed = core.handle(e.TakenBack(now, taken[0], (task,)))
+        if any(isinstance(command, e.Kill) for command in killed):
+            killed_after = task - 2
+            break
+    assert killed_after == most

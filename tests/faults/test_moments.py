@@ -249,6 +249,20 @@ def test_stopped_while_its_task_is_half_sent(pool: MakePool, monkeypatch: pytest
     assert [future.result(LIMIT_S) for future in futures] == [(n, BIG_BYTES) for n in range(3)]
 
 
+def test_stopped_while_all_that_it_is_sent_has_a_deadline(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenario 4 of ``_seats``: not each of them is lost until the end of time."""
+    monkeypatch.setattr(_seats, "ACK_LIMIT_S", 1.0)
+    executor = pool(1)
+    pid = executor.submit(os.getpid).result(LIMIT_S)
+    os.kill(pid, signal.SIGSTOP)
+    hurried = executor.options(deadline=SLACK_S)
+    errors = []
+    while not errors or errors[-1] is not None:
+        assert len(errors) < 6
+        errors.append(hurried.submit(plain.echo, 1).exception(LIMIT_S))
+    assert {type(error) for error in errors[:-1]} == {TaskTimeout}
+
+
 def test_stopped_while_its_task_is_half_sent_under_a_deadline(pool: MakePool) -> None:
     """A deadline is kept while the task is half written to a stopped worker; the next one is done by another."""
     executor = pool(2)

@@ -107,6 +107,8 @@ def test_retired_workers_leave_nothing(pool: MakePool, retiring_context: Any) ->
     """A worker for each task: neither descriptors nor objects of the former ones pile up."""
     executor = pool(1, retiring_context, max_tasks_per_child=1)
     pids = [executor.submit(os.getpid).result(LIMIT_S) for _ in range(2)]
+    links = executor._watchdog._links
+    until(lambda: len(links.by_worker) == 1 and not links.launching, "there is one worker, not none")
     before = descriptors()
     pids += [executor.submit(os.getpid).result(LIMIT_S) for _ in range(6)]
     assert len(set(pids)) == 8
