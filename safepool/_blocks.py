@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from _struct import Struct
-from _thread import allocate_lock
+from _thread import allocate_lock, get_ident
 from time import monotonic
 from weakref import WeakSet
 
@@ -94,6 +94,7 @@ class Store:
         self._number = 0  # of all blocks that are ours
         self._is_closed = not memory.HAS_BLOCKS
         self._lock = allocate_lock()
+        self._holder: int | None = None  # the thread that looks for a block
         _stores.add(self)
 
     def filled(self, size: int, pieces: list[tuple[int, memoryview]]) -> Block | None:
@@ -111,25 +112,46 @@ class Store:
         return block
 
     def _take(self, size: int) -> Block | None:
+        # Scenario 1: (a) a thread has the lock, (b) a signal handler, or a finalizer, of the user's runs there, and
+        # sends something big.  Then there is no block for that.
+        me = get_ident()
+        if self._holder == me:
+            return None
         with self._lock:
-            if self._is_closed:
-                return None
-            self._look_after()
-            block = self._best(size)
-            if block is not None:
-                self._free.remove(block)
-                return block
-            while self._number >= self._most_blocks and (self._free or self._back):
-                self._forget((self._free or self._back)[0])
-            if self._number >= self._most_blocks:
-                return None
-            self._number += 1
+            self._holder = me
+            try:
+                block = self._cached(size)
+                is_full = block is None and not self._has_room()
+            finally:
+                self._holder = None
+        if block is not None or is_full:
+            return block
         try:
             return Block()
         except OSError:  # no descriptor, or no memory, is left
             with self._lock:
                 self._number -= 1
             return None
+
+    def _cached(self, size: int) -> Block | None:
+        if self._is_closed:
+            return None
+        self._look_after()
+        block = self._best(size)
+        if block is not None:
+            self._free.remove(block)
+        return block
+
+    def _has_room(self) -> bool:
+        """For one more, which is counted."""
+        if self._is_closed:
+            return False
+        while self._number >= self._most_blocks and (self._free or self._back):
+            self._forget((self._free or self._back)[0])
+        if self._number >= self._most_blocks:
+            return False
+        self._number += 1
+        return True
 
     def _best(self, size: int) -> Block | None:
         """The smallest that is big enough, or the biggest, which then grows; none that is far too big."""
@@ -176,12 +198,16 @@ class Store:
         """Give back what was not used for ``KEEP_S``; when to call again (None: there is nothing)."""
         if not self._back and not self._free:
             return None
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return now + KEEP_S  # see Scenario 1: who runs there may wait for this thread
+        try:
             self._look_after()
             for block in self._free + self._back:
                 if block.used + KEEP_S <= now:
                     self._forget(block)
             return min((block.used + KEEP_S for block in self._free + self._back), default=None)
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """Give back all that is cached, and keep nothing from now on."""
@@ -230,7 +256,7 @@ def _let_go_in_child() -> None:
     for block in tuple(_all):
         block.close()
     for store in _stores:
-        store._lock = allocate_lock()
+        store._lock, store._holder = allocate_lock(), None
         store._free, store._back, store._number = [], [], 0
 
 

@@ -31,7 +31,8 @@ class Side:
     def __init__(self, name: str) -> None:
         self._name = name
         self.jobs: deque[Job] = deque()
-        self._changed = threading.Condition()  # re-entrant: finalizers run anywhere
+        self._lock = threading.RLock()  # re-entrant: finalizers run anywhere; taken in C: see Scenario 3
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._last: threading.Thread | None = None  # the same, also once it is told to end
         self._busy_since: float | None = None
@@ -39,61 +40,66 @@ class Side:
 
     def stand_by(self) -> None:
         """Have a thread ready for jobs to come.  Raises ``RuntimeError`` if none can be had."""
-        if self._thread is None:
-            with self._changed:
-                if self._thread is None and not self._closed:
-                    self._start()
+        if self._thread is None and not self._closed:
+            self._start()
 
     @property
     def is_standing_by(self) -> bool:
         return self._thread is not None
 
     def put(self, job: Job) -> None:
-        with self._changed:
+        with self._lock:
             self.jobs.append(job)
-            if self._thread is None:
-                self._try_to_start()
-            else:
-                self._changed.notify_all()
+            is_there = self._thread is not None
+            self._changed.notify_all()
+        if not is_there:
+            self._try_to_start()
 
-    def _try_to_start(self) -> None:
+    def _try_to_start(self) -> bool:
         with suppress(RuntimeError):  # no more threads are to be had now; ``relieve`` tries again
             self._start()
+            return True
+        return False
 
     def _start(self) -> None:
-        self._busy_since = None
-        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        self._thread = self._last = thread
-        try:
-            thread.start()
-        except RuntimeError:
-            self._thread = self._last = None
-            raise
+        threading.Thread(target=self._run, name=self._name, daemon=True).start()
 
     def relieve(self, now: float) -> float | None:
         """Replace the thread if its job takes too long; when to look again, in monotonic seconds."""
-        with self._changed:
+        with self._lock:
             if not self.jobs:
                 return None
-            if self._thread is None or (self._busy_since is not None and now - self._busy_since >= PATIENCE_S):
-                self._try_to_start()
-            return (self._busy_since or now) + PATIENCE_S
+            due = (self._busy_since or now) + PATIENCE_S
+            if now >= due:
+                self._thread = None
+            is_there = self._thread is not None
+        if not is_there:
+            self._try_to_start()
+        return due
 
     def _run(self) -> None:
         me = threading.current_thread()
+        with self._lock:
+            # Scenario 3: (a) a thread is being started, (b) a signal handler of the user's runs there: it waits for the
+            # pool, which needs that thread, or raises.  So no lock is held for a start, it is the new one that says
+            # that it is there, and there may be two: then one ends.
+            if self._thread is None:
+                self._thread = self._last = me
+                self._busy_since = None
+                self._changed.notify_all()
         while (job := self._next(me)) is not None:
             try:
                 job()
             except BaseException as error:
                 tell(ERROR, "an unexpected error on thread %s", self._name, error=error)
             del job
-            with self._changed:
+            with self._lock:
                 if self._thread is me:
                     self._busy_since = None
                     self._changed.notify_all()
 
     def _next(self, me: threading.Thread) -> Job | None:
-        with self._changed:
+        with self._lock:
             while self._thread is me:
                 if self.jobs:
                     self._busy_since = monotonic()
@@ -107,7 +113,7 @@ class Side:
 
     def close(self) -> None:
         """No job will come after those that are here: the thread may end after them."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
@@ -129,14 +135,19 @@ class Side:
             last.join(JOIN_SLICE_S)
 
     def _await_jobs(self) -> None:
-        with self._changed:
-            while self._thread is not None:
+        with self._lock:
+            while self._thread is not None or self.jobs:
+                if self._thread is None:
+                    if not self._try_to_start():
+                        return
+                    self._changed.wait(JOIN_SLICE_S)  # until it is there
+                    continue
                 since = self._busy_since if self._busy_since is not None else monotonic()
                 left = since + PATIENCE_S - monotonic()
                 if left > 0:
                     self._changed.wait(min(left, JOIN_SLICE_S))
                 elif self.jobs:
-                    self._try_to_start()
+                    self._thread = None
                 else:
                     return
 

@@ -42,6 +42,10 @@ from .errors import PoolBroken
 from .future import SafeFuture
 from .policy import PoolPolicy
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
 EVENTS_KEPT = 1000
 ANSWER_LIMIT_S = 2.0  # for the watchdog to answer a caller
 LONGEST_S = 3600.0  # that is slept at a time: a selector takes no more than some weeks
@@ -98,6 +102,18 @@ class Observed:
 def _has_returned(future: SafeFuture) -> bool:
     answer = future.last_answer()
     return (future._record is None or future._record.error is None) and (answer is None or answer.ok)
+
+
+class Means:
+    """What a watchdog is woken by; all that it owns."""
+
+    wake_w: socket.socket
+    wake_r: socket.socket
+    selector: selecting.Selector
+    lending: Loans
+
+    def __init__(self, own: ExitStack) -> None:
+        self.own = own
 
 
 _process = object()  # another one in each fork
@@ -160,7 +176,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._is_mute = False
         self._own = ExitStack()  # the selector and the ends of the wake-up channel
-        self._batch_done: list[threading.Event] = []  # callers to be told at the end of this round
+        self._unanswered: list[threading.Lock] = []  # of callers, to be released at the end of this round
         self._events: deque[e.Event] = deque()
         self._pending = Pending()
         self._links = Links(self._events, self._pending, self.processes)
@@ -236,15 +252,20 @@ class Watchdog:
             # (The garbage collector may run a user's finalizer on any thread, a watchdog's included.)
             self.post(act)
             return
-        answered = threading.Event()
+        # Scenario 6: (a) a caller waits for an answer, (b) a signal handler of the user's runs there, and waits for the
+        # pool, while the caller has the lock of a ``threading.Event``.  So it is a lock that is only ever released.
+        unanswered = threading.Lock()
+        unanswered.acquire(blocking=False)
 
         def act_and_answer() -> None:
-            self._batch_done.append(answered)
+            self._unanswered.append(unanswered)
             act()
 
         self.post(act_and_answer)
         end = monotonic() + ANSWER_LIMIT_S
-        while not answered.wait(min(0.1, ANSWER_LIMIT_S)) and monotonic() < end and not self._closed.is_set():
+        while not unanswered.acquire(timeout=min(0.1, ANSWER_LIMIT_S)):
+            if monotonic() >= end or self._closed.is_set():
+                return
             self.check()
 
     def await_launches(self) -> None:
@@ -364,37 +385,54 @@ class Watchdog:
         with self._start_lock:
             if self.thread is not None or self._closed.is_set():
                 return
+            means = Means(ExitStack())
             try:
-                with _os.above_standard():
-                    self._wake_w, self._wake_r = _os.open_channel()
-                    for end in (self._wake_w, _os.keep(self._wake_r)):
-                        self._own.callback(_os.close, end)
-                        end.setblocking(False)
-                    self._selector = selecting.Selector()
-                    self._own.callback(self._selector.close)
-                self._selector.register(self._wake_r, selecting.READ, None)
-                self._lending = Loans(getattr(self._selector, "listen", None), self._made_bell())
-                self._links.selector = self._selector
-                thread = threading.Thread(target=self._run, name=f"{self.name}-watchdog", daemon=True)
+                self._provide(means)
+                thread = threading.Thread(target=self._run, args=(means,), name=f"{self.name}-watchdog", daemon=True)
                 self._side.stand_by()
                 self._launches.stand_by()
                 thread.start()
                 # Scenario 3: (a) a thread starts the watchdog, (b) another one submits, sees it and leaves its call
                 # to it, (c) the start fails.  So it is not seen before it runs.
-                self.thread = thread
+                self._be_run_by(thread, means)
             except (RuntimeError, OSError) as error:
-                self._own.close()
+                means.own.close()
                 self._refuse_mail(f"its watchdog cannot be started now: {error}; a later submit tries again")
 
-    def _made_bell(self) -> _os.End | None:
+    def _provide(self, means: Means) -> None:
+        own = means.own
+        with _os.above_standard():
+            means.wake_w, means.wake_r = _os.open_channel()
+            for end in (means.wake_w, _os.keep(means.wake_r)):
+                own.callback(_os.close, end)
+                end.setblocking(False)
+            means.selector = selecting.Selector()
+            own.callback(means.selector.close)
+        means.selector.register(means.wake_r, selecting.READ, None)
+        listen = getattr(means.selector, "listen", None)
+        means.lending = Loans(listen, self._made_bell(own) if listen is not None else None)
+
+    def _be_run_by(self, thread: threading.Thread, means: Means) -> None:
+        """Unless another one runs it, for a start may be interrupted.
+
+        Scenario 7: (a) a thread is being started, (b) a signal handler of the user's submits, or raises and it is tried
+        again, (c) two threads run one pool; or none is known, and the pool is taken for one that never ran.  So the
+        thread says itself that it runs, and this is one step.
+        """
+        if self.thread is None:
+            self._own, self._selector, self._lending = means.own, means.selector, means.lending
+            self._wake_w, self._wake_r, self._links.selector = means.wake_w, means.wake_r, means.selector
+            self.thread = thread
+
+    def _made_bell(self, own: ExitStack) -> _os.End | None:
         """For callers that hear workers themselves: not where somebody watches for stalls, and would learn it late."""
         policy = self._policy
         may_hear = policy.stall_timeout is None and policy.max_tasks_per_child is None
-        if not may_hear or not hasattr(self._selector, "listen") or "board" not in _os.CAPABILITIES:
+        if not may_hear or "board" not in _os.CAPABILITIES:
             return None
         with suppress(OSError):
             bell = _os.open_token()
-            self._own.callback(_os.close, bell)
+            own.callback(_os.close, bell)
             return bell
         return None
 
@@ -412,7 +450,12 @@ class Watchdog:
 
     # ---------------------------------------------------------- the thread
 
-    def _run(self) -> None:
+    def _run(self, means: Means) -> None:
+        me = threading.current_thread()
+        self._be_run_by(me, means)
+        if self.thread is not me or self._closed.is_set():  # (shut down within its start)
+            means.own.close()
+            return
         _here.is_watchdog = True
         try:
             if hasattr(signal, "pthread_sigmask"):
@@ -453,10 +496,10 @@ class Watchdog:
             self._trim(now)
         for observer in self.observers:
             observer.round_ended(self._observed)
-        if self._batch_done:
-            for answered in self._batch_done:
-                answered.set()
-            self._batch_done.clear()
+        if self._unanswered:
+            for unanswered in self._unanswered:
+                unanswered.release()
+            self._unanswered.clear()
 
     def _listen(self, ready: list[Any]) -> None:
         """To what is ready: ``None``, somebody who woke us; or a link, and what of it."""

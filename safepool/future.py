@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import (
     CANCELLED,
@@ -19,6 +20,7 @@ from concurrent.futures._base import (
 )
 from concurrent.futures.process import _RemoteTraceback
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 
 from . import _unpack
@@ -70,16 +72,21 @@ class _Sync:
 
     Its own: the stdlib's wait() takes the locks of several futures in an order that it can only keep if no two of
     them share one.
+
+    Scenario 1: (a) a thread holds this lock, (b) a signal handler of the user's runs there, and waits for the pool (it
+    shuts it down, say), (c) the watchdog waits for the lock.  CPython looks for signals after calls, so where the lock
+    is held here there are none; and the watchdog does not wait for it, for in the stdlib's wait() there are.
     """
 
-    __slots__ = ("callbacks", "condition", "lock", "sleepers", "waiters")
+    __slots__ = ("callbacks", "condition", "end", "lock", "sleepers", "waiters")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.sleepers: list[Any] = []  # locks that are released when it is done
+        self.sleepers: dict[Any, None] = {}  # locks that are released when it is done
         self.waiters: list[Any] = []
         self.callbacks: list[Callable[[Future[Any]], object]] = []
         self.condition: threading.Condition | None = None
+        self.end: str | None = None  # the state that it is to have as soon as somebody has the lock
 
 
 class Kind:
@@ -280,6 +287,21 @@ class SafeFuture(Future["Any"]):
             raise
         return self.result(0)
 
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """Have ``fn(future)`` called when it is done, on a thread of the pool; at once, here, if it is done already.
+
+        What ``fn`` raises is logged.
+        """
+        sync = self._made_sync()
+        with sync.lock:  # in C, unlike that of a ``Condition``: what a signal handler raises leaves nothing locked
+            if self._state not in _DONE:
+                sync.callbacks.append(fn)
+                return
+        try:
+            fn(self)
+        except Exception as error:
+            tell(ERROR, "exception calling callback for %r", self, error=error)
+
     def _raise_if_cancelled(self) -> None:
         if self._state != FINISHED:
             raise CancelledError
@@ -317,16 +339,21 @@ class SafeFuture(Future["Any"]):
             return False
         sync = self._made_sync()
         sleeper = threading.Lock()
+        sleeper.acquire(blocking=False)
         with sync.lock:  # in C: a signal handler that raises cannot come between the lock and the block
+            # Scenario 2: (a) the stdlib's wait() takes the locks of many futures, (b) a signal handler of the user's
+            # raises there, and they are never given back.  Whose thread that was may still ask for its results.
+            if sync.end is not None and self._end_for_all(sync.end):
+                self._invoke_callbacks()
             if self._state in _DONE:
                 return True
-            sleeper.acquire(blocking=False)
-            sync.sleepers.append(sleeper)
+            sync.sleepers[sleeper] = None
         try:
             sleeper.acquire(timeout=slice_s)
         finally:
-            with sync.lock, suppress(ValueError):
-                sync.sleepers.remove(sleeper)
+            with sync.lock:
+                if sleeper in sync.sleepers:
+                    del sync.sleepers[sleeper]
         return self._state in _DONE
 
     def _load(self) -> None:
@@ -377,7 +404,7 @@ class SafeFuture(Future["Any"]):
                 return True
             if self._state != PENDING:
                 return False
-            sent = self._withhold()
+            sent, self._sent = self._sent, True  # nobody sends it from here on
         if sent:
             self._home.cancel(self._task, wait=True)
             return self.cancelled()
@@ -388,11 +415,10 @@ class SafeFuture(Future["Any"]):
         self._call_callbacks()
         return True
 
-    def _withhold(self) -> bool:
-        """Nobody sends it from here on; True: it was sent before, or withheld."""
+    def _withhold(self) -> None:
+        """Nobody sends it from here on."""
         with _brief:
-            sent, self._sent = self._sent, True
-            return sent
+            self._sent = True
 
     def kill(self) -> bool:
         """Cancel the task even if it is running: its worker is killed and replaced.
@@ -444,49 +470,106 @@ class SafeFuture(Future["Any"]):
             if self._state in _DONE:
                 return
             self._exception, self._answer, self._result, self._payload = error, None, None, None
-        if self._end_for_all(FINISHED, failed=True):
-            self._invoke_callbacks()
+        self._end_on_watchdog(FINISHED)
 
     def cancelled_by_pool(self) -> None:
         self._payload = None
-        if self._end_for_all(CANCELLED_AND_NOTIFIED):
-            self._invoke_callbacks()
+        self._end_on_watchdog(CANCELLED_AND_NOTIFIED)
 
     def answered(self) -> None:
-        """With what was put there for it."""
-        if self._sync is None and self._state in _OPEN:  # nobody waits, and nobody comes between: one step
+        """With what was put there for it, by the thread of who waits for it."""
+        if self._sync is None and self._state in _OPEN:  # nobody else waits, and nobody comes between: one step
             self._state, self._payload = FINISHED, None
             return
         self._payload = None
-        if self._end_for_all(FINISHED, failed=self._answer is not None and not self._answer.ok):
+        if self._end_for_all(FINISHED):
             self._invoke_callbacks()
 
-    def _end_for_all(self, state: str, *, failed: bool = False) -> bool:
-        """The one place where a future of ours becomes done that somebody may wait for.  False: it was.
+    def answered_by_watchdog(self) -> None:
+        self._payload = None
+        self._end_on_watchdog(FINISHED)
+
+    def _end_for_all(self, state: str) -> bool:
+        """A future of ours becomes done that somebody may wait for: here or, on the watchdog, in the next one.
+
+        False: it was.
+        """
+        ended = self._end_unawaited(state)
+        if ended is None:
+            assert self._sync is not None
+            with self._sync.lock:
+                waiters = self._end_awaited(self._sync, state)
+            ended = waiters is not None
+            self._tell_all(waiters or ())
+        return ended
+
+    def _end_on_watchdog(self, state: str) -> None:
+        """The same, and what is to be called then; a lock that is not free is not waited for."""
+        if self._end_unawaited(state) is None and not self._try_to_end(state):
+            assert self._sync is not None
+            self._sync.end = state
+            _later(self, lambda future: future._try_to_end(state))
+
+    def _try_to_end(self, state: str) -> bool:
+        """False: another thread has its lock."""
+        sync = self._sync
+        assert sync is not None
+        if not sync.lock.acquire(blocking=False):
+            return False
+        try:
+            waiters = self._end_awaited(sync, state)
+        finally:
+            sync.lock.release()
+        if waiters is not None:
+            self._tell_all(waiters)
+            self._invoke_callbacks()
+        return True
+
+    def _end_unawaited(self, state: str) -> bool | None:
+        """If nobody waits; None: somebody may.
 
         Scenario 1: (a) nobody waits, so the state is set without a lock, (b) a waiter looks just then, sees it and is
         put on the list all the same, (c) the list is gone through: it is told twice.  So the state is set under the
         lock that waiters hold, or while no waiter can come (``_brief``).
         """
         with _brief:
-            sync = self._sync
-            if sync is None:
-                return self._end(state)
-        with sync.lock:
-            if not self._end(state):
+            if self._sync is not None:
+                return None
+            if self._state in _DONE:
                 return False
-            for waiter in sync.waiters:
-                if state != FINISHED:
-                    waiter.add_cancelled(self)
-                elif failed:
-                    waiter.add_exception(self)
-                else:
-                    waiter.add_result(self)
-            for sleeper in sync.sleepers:
-                sleeper.release()
-            sync.sleepers.clear()
-            if sync.condition is not None:
-                sync.condition.notify_all()
+            self._state = state
+            return True
+
+    def _end_awaited(self, sync: _Sync, state: str) -> list[Any] | None:
+        """Under its lock: who is to be told, without it; None: it was done."""
+        if not self._end(state):
+            return None
+        for sleeper in sync.sleepers:
+            sleeper.release()
+        sync.sleepers.clear()
+        if sync.condition is not None:
+            sync.condition.notify_all()
+        return [*sync.waiters]
+
+    def _tell_all(self, waiters: Iterable[Any]) -> None:
+        for waiter in waiters:
+            if not self._try_to_tell(waiter):
+                _later(self, partial(SafeFuture._try_to_tell, waiter=waiter))
+
+    def _try_to_tell(self, waiter: Any) -> bool:
+        """False: it is one of the stdlib's, and another thread has a lock of its."""
+        for lock in (getattr(waiter, "lock", None), getattr(getattr(waiter, "event", None), "_cond", None)):
+            if lock is not None:
+                if not lock.acquire(blocking=False):
+                    return False
+                lock.release()
+        word = self.state()
+        if word == "cancelled":
+            waiter.add_cancelled(self)
+        elif word == "raised":
+            waiter.add_exception(self)
+        else:
+            waiter.add_result(self)
         return True
 
     def _end(self, state: str) -> bool:
@@ -529,7 +612,15 @@ def answer_all(futures: list[SafeFuture]) -> None:
             else:
                 awaited.append(future)
     for future in awaited:
-        future.answered()
+        future.answered_by_watchdog()
+
+
+def _later(future: SafeFuture, job: Callable[[SafeFuture], bool]) -> None:
+    """For as long as anybody cares for it."""
+    from ._held_up import try_until_done
+
+    known = weakref.ref(future)
+    try_until_done(lambda: (there := known()) is None or job(there))
 
 
 def _let_go_in_child() -> None:

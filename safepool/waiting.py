@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION, Future
 from concurrent.futures._base import DoneAndNotDoneFutures
+from contextlib import suppress
 from time import monotonic
 
 from .errors import Stalled, Unfinished
@@ -116,7 +117,7 @@ class _Watch:
 
     def __init__(self, futures: set[Future[Any]], stall_timeout: float | None) -> None:
         self._stall_s = None if stall_timeout is None else seconds(stall_timeout, "stall_timeout")
-        self._news = threading.Condition()  # re-entrant: a finalizer may cancel a future anywhere
+        self._sleeper: Any = None  # a lock: released when something is reported
         self._reported: deque[Future[Any]] = deque()
         self.completed: deque[Future[Any]] = deque()
         self.pending = set(futures)
@@ -131,9 +132,12 @@ class _Watch:
         self._marks = self._look()
 
     def _add(self, future: Future[Any]) -> None:
+        # No lock, for who waits may be held up by a signal handler of the user's, or a finalizer may cancel a future.
         self._reported.append(future)
-        with self._news:
-            self._news.notify_all()
+        sleeper, self._sleeper = self._sleeper, None
+        if sleeper is not None:
+            with suppress(RuntimeError):  # another one was faster
+                sleeper.release()
 
     add_result = add_exception = add_cancelled = _add
 
@@ -146,9 +150,11 @@ class _Watch:
             slice_s = LOOK_AFTER_S if self._stall_s is None else min(LOOK_AFTER_S, self._stall_s / 4)
             if end is not None:
                 slice_s = min(slice_s, end - now)
-            with self._news:
-                heard = bool(self._reported) or self._news.wait(max(0.0, slice_s))
-            if not heard:
+            sleeper = threading.Lock()
+            sleeper.acquire(blocking=False)
+            self._sleeper = sleeper
+            # (Looked at after that: who reports looks for a sleeper after it.)
+            if not self._reported and not sleeper.acquire(timeout=max(0.0, slice_s)):
                 self._look_after()
 
     def collect(self) -> bool:

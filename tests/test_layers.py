@@ -19,7 +19,7 @@ FLOORS = [
     {"_bulk"},
     {"_summary", "_payload", "_families", "_isolation", "_leftovers", "_registry", "leaving"},
     {"_batches"},
-    {"_events", "_retry", "_worker", "_contexts", "_side", "_sweeping"},
+    {"_events", "_retry", "_worker", "_contexts", "_side", "_held_up", "_sweeping"},
     {"_newborn"},
     {"_zygote", "_keep"},
     {"_zygotes"},
