@@ -73,7 +73,7 @@ class _Sync:
     Its own: the stdlib's wait() takes the locks of several futures in an order that it can only keep if no two of
     them share one.
 
-    Scenario 1: (a) a thread holds this lock, (b) a signal handler of the user's runs there, and waits for the pool (it
+    Scenario 2: (a) a thread holds this lock, (b) a signal handler of the user's runs there, and waits for the pool (it
     shuts it down, say), (c) the watchdog waits for the lock.  CPython looks for signals after calls, so where the lock
     is held here there are none; and the watchdog does not wait for it, for in the stdlib's wait() there are.
     """
@@ -341,7 +341,7 @@ class SafeFuture(Future["Any"]):
         sleeper = threading.Lock()
         sleeper.acquire(blocking=False)
         with sync.lock:  # in C: a signal handler that raises cannot come between the lock and the block
-            # Scenario 2: (a) the stdlib's wait() takes the locks of many futures, (b) a signal handler of the user's
+            # Scenario 3: (a) the stdlib's wait() takes the locks of many futures, (b) a signal handler of the user's
             # raises there, and they are never given back.  Whose thread that was may still ask for its results.
             if sync.end is not None and self._end_for_all(sync.end):
                 self._invoke_callbacks()
