@@ -1,6 +1,7 @@
-"""What cannot be done now, for another thread has a lock, is done as soon as it is free: here, where nobody waits.
+"""What cannot be done now, for another thread has a lock, is tried again until it is done.
 
-Not on the thread of callbacks, for whoever shuts a pool down waits for those, and may be the one who has the lock.
+By the watchdog, as long as it runs; when its pool is closed, by a thread that nobody waits for: not by that of
+callbacks, for whoever shuts a pool down waits for those, and may be the one who has the lock.
 """
 
 from __future__ import annotations
@@ -8,14 +9,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from contextlib import suppress
 from time import sleep
 
 from ._log import ERROR, tell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 FIRST_LOOK_S = 0.001
 LONGEST_LOOK_S = 0.5
@@ -24,29 +24,24 @@ _jobs: deque[Callable[[], bool]] = deque()
 _is_running = False
 
 
-def try_until_done(job: Callable[[], bool]) -> None:
-    """Call ``job`` soon, and again and again until it returns True.  It may not wait for anything."""
+def try_until_done(jobs: Iterable[Callable[[], bool]]) -> None:
+    """Call each of them soon, and again and again until it returns True.  They may not wait for anything."""
     global _is_running
-    _jobs.append(job)
-    if not _is_running:
+    _jobs.extend(jobs)
+    if _jobs and not _is_running:
         _is_running = True
         try:
             threading.Thread(target=_run, name="safepool-held-up", daemon=True).start()
-        except BaseException:
+        except RuntimeError:  # no thread is to be had: the next one tries again
             _is_running = False
-            with suppress(RuntimeError):  # no thread is to be had: the next one tries again
-                raise
 
 
 def _run() -> None:
     global _is_running
     pause_s = FIRST_LOOK_S
     while True:
-        for _ in range(len(_jobs)):
-            job = _jobs.popleft()
-            if not _is_done(job):
-                _jobs.append(job)
-        del job
+        if try_once(_jobs):
+            pause_s = FIRST_LOOK_S
         if not _jobs:
             _is_running = False
             # Scenario 1: (a) there is nothing to do, (b) a job comes, and is left to this thread, (c) it ends.
@@ -55,6 +50,18 @@ def _run() -> None:
             _is_running = True
         sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_LOOK_S)
+
+
+def try_once(jobs: deque[Callable[[], bool]]) -> bool:
+    """Call each; those that are not done stay.  Was any of them done?"""
+    before = len(jobs)
+    kept = 0
+    for _ in range(before):
+        job = jobs.popleft()
+        if not _is_done(job):
+            jobs.append(job)
+            kept += 1
+    return kept < before
 
 
 def _is_done(job: Callable[[], bool]) -> bool:

@@ -14,13 +14,15 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from time import monotonic
+from time import monotonic, sleep
+from typing import Any
 
 from ._log import ERROR, tell
 
 PATIENCE_S = 10.0
 LOOK_S = 60.0  # how often a thread without work looks whether it missed something
 JOIN_SLICE_S = 1.0
+START_S = 0.005  # for a thread that was started to say that it is there
 
 Job = Callable[[], object]
 
@@ -31,8 +33,8 @@ class Side:
     def __init__(self, name: str) -> None:
         self._name = name
         self.jobs: deque[Job] = deque()
-        self._lock = threading.RLock()  # re-entrant: finalizers run anywhere; taken in C: see Scenario 3
-        self._changed = threading.Condition(self._lock)
+        self._lock = threading.RLock()  # on no user's thread is there a call while it is held: see Scenario 3
+        self._sleeper: Any = None  # a lock: released when there is something for the thread to do
         self._thread: threading.Thread | None = None
         self._last: threading.Thread | None = None  # the same, also once it is told to end
         self._busy_since: float | None = None
@@ -48,12 +50,19 @@ class Side:
         return self._thread is not None
 
     def put(self, job: Job) -> None:
-        with self._lock:
-            self.jobs.append(job)
-            is_there = self._thread is not None
-            self._changed.notify_all()
-        if not is_there:
+        self.jobs.append(job)
+        if not self._wake():
             self._try_to_start()
+
+    def _wake(self) -> bool:
+        """False: there is no thread."""
+        with self._lock:
+            is_there = self._thread is not None
+            sleeper, self._sleeper = self._sleeper, None
+        if sleeper is not None:
+            with suppress(RuntimeError):  # it has just looked by itself
+                sleeper.release()
+        return is_there
 
     def _try_to_start(self) -> bool:
         with suppress(RuntimeError):  # no more threads are to be had now; ``relieve`` tries again
@@ -66,16 +75,22 @@ class Side:
 
     def relieve(self, now: float) -> float | None:
         """Replace the thread if its job takes too long; when to look again, in monotonic seconds."""
-        with self._lock:
-            if not self.jobs:
-                return None
-            due = (self._busy_since or now) + PATIENCE_S
-            if now >= due:
-                self._thread = None
-            is_there = self._thread is not None
-        if not is_there:
+        if not self.jobs:
+            return None
+        since = self._busy_since
+        due = (since or now) + PATIENCE_S
+        if now >= due:
+            self._dismiss(since)
+            due = now + PATIENCE_S
+        if self._thread is None:
             self._try_to_start()
         return due
+
+    def _dismiss(self, since: float | None) -> None:
+        """Whoever has been busy since then; the rest goes on without it."""
+        with self._lock:
+            if self._busy_since == since:
+                self._thread = self._busy_since = None
 
     def _run(self) -> None:
         me = threading.current_thread()
@@ -86,7 +101,6 @@ class Side:
             if self._thread is None:
                 self._thread = self._last = me
                 self._busy_since = None
-                self._changed.notify_all()
         while (job := self._next(me)) is not None:
             try:
                 job()
@@ -96,26 +110,27 @@ class Side:
             with self._lock:
                 if self._thread is me:
                     self._busy_since = None
-                    self._changed.notify_all()
 
     def _next(self, me: threading.Thread) -> Job | None:
-        with self._lock:
-            while self._thread is me:
+        while True:
+            sleeper = threading.Lock()
+            sleeper.acquire(blocking=False)
+            with self._lock:
+                if self._thread is not me:
+                    return None
                 if self.jobs:
                     self._busy_since = monotonic()
                     return self.jobs.popleft()
                 if self._closed:
                     self._thread = None
-                    self._changed.notify_all()
-                else:
-                    self._changed.wait(LOOK_S)
-            return None
+                    return None
+                self._sleeper = sleeper
+            sleeper.acquire(timeout=LOOK_S)
 
     def close(self) -> None:
         """No job will come after those that are here: the thread may end after them."""
-        with self._lock:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._wake()
 
     def join(self) -> None:
         """Wait until all jobs are done, but for none longer than ``PATIENCE_S``."""
@@ -135,21 +150,19 @@ class Side:
             last.join(JOIN_SLICE_S)
 
     def _await_jobs(self) -> None:
-        with self._lock:
-            while self._thread is not None or self.jobs:
-                if self._thread is None:
-                    if not self._try_to_start():
-                        return
-                    self._changed.wait(JOIN_SLICE_S)  # until it is there
-                    continue
-                since = self._busy_since if self._busy_since is not None else monotonic()
-                left = since + PATIENCE_S - monotonic()
-                if left > 0:
-                    self._changed.wait(min(left, JOIN_SLICE_S))
-                elif self.jobs:
-                    self._thread = None
-                else:
+        while (thread := self._thread) is not None or self.jobs:
+            since, now = self._busy_since, monotonic()
+            left = (since or now) + PATIENCE_S - now
+            if thread is None:
+                if not self._try_to_start():
                     return
+                sleep(START_S)
+            elif left > 0:
+                thread.join(min(left, JOIN_SLICE_S))
+            elif self.jobs:
+                self._dismiss(since)
+            else:
+                return
 
     def is_current(self) -> bool:
         return self._thread is threading.current_thread()

@@ -22,7 +22,7 @@ from contextlib import ExitStack, suppress
 from time import monotonic, sleep
 from typing import Any, Protocol
 
-from . import _bulk, _os
+from . import _bulk, _held_up, _os
 from . import _events as e
 from ._call import as_task
 from ._core import Core
@@ -55,6 +55,7 @@ MOST_LENT = 8  # idle workers that callers may send to directly
 LENT_FOR_S = 1.0  # after the last answer: a pool that nobody uses sleeps without being woken for it
 CALLER_LIMIT_S = 0.2  # for a caller that has taken a worker to have sent it its task
 CALLER_SLICE_S = 0.0001
+HELD_UP_LIMIT_S = 0.1  # for what waits for another thread's lock when the pool is closed
 COME_BACK_S = 0.05  # how often to see whether callers that were called away are back
 
 
@@ -176,6 +177,8 @@ class Watchdog:
         self._closed = threading.Event()
         self._is_mute = False
         self._own = ExitStack()  # the selector and the ends of the wake-up channel
+        self._held_up: deque[Callable[[], bool]] = deque()  # for another thread has a lock: see ``_Sync``
+        self._held_up_s = _held_up.FIRST_LOOK_S
         self._unanswered: list[threading.Lock] = []  # of callers, to be released at the end of this round
         self._events: deque[e.Event] = deque()
         self._pending = Pending()
@@ -364,6 +367,20 @@ class Watchdog:
         if not self._is_mute:
             self._side.put(job)
 
+    def try_until_done(self, job: Callable[[], bool]) -> None:
+        """It returns whether it is done, and may not wait for anything."""
+        self._held_up.append(job)
+        self._held_up_s = _held_up.FIRST_LOOK_S
+        if self._closed.is_set():
+            self._leave_held_up()
+        elif self.thread is not None and not self._awake:
+            self._wake()
+
+    def _leave_held_up(self) -> None:
+        """Nobody waits for these: it may be who shuts the pool down that has the lock."""
+        jobs, self._held_up = self._held_up, deque()
+        _held_up.try_until_done(jobs)
+
     def mute(self) -> None:
         """Call back nobody any more."""
         self._is_mute = True
@@ -388,16 +405,27 @@ class Watchdog:
             means = Means(ExitStack())
             try:
                 self._provide(means)
-                thread = threading.Thread(target=self._run, args=(means,), name=f"{self.name}-watchdog", daemon=True)
                 self._side.stand_by()
                 self._launches.stand_by()
-                thread.start()
-                # Scenario 3: (a) a thread starts the watchdog, (b) another one submits, sees it and leaves its call
-                # to it, (c) the start fails.  So it is not seen before it runs.
-                self._be_run_by(thread, means)
             except (RuntimeError, OSError) as error:
                 means.own.close()
-                self._refuse_mail(f"its watchdog cannot be started now: {error}; a later submit tries again")
+                self._refuse_mail(error)
+                return
+            except BaseException:  # of a signal handler of the user's
+                means.own.close()
+                raise
+            thread = threading.Thread(target=self._run, args=(means,), name=f"{self.name}-watchdog", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if "new thread" not in str(error):
+                    raise  # of a handler, and then the thread may well come: its means are its own
+                means.own.close()
+                self._refuse_mail(error)
+                return
+            # Scenario 3: (a) a thread starts the watchdog, (b) another one submits, sees it and leaves its call to it,
+            # (c) the start fails.  So it is not seen before it runs.
+            self._be_run_by(thread, means)
 
     def _provide(self, means: Means) -> None:
         own = means.own
@@ -436,7 +464,8 @@ class Watchdog:
             return bell
         return None
 
-    def _refuse_mail(self, reason: str) -> None:
+    def _refuse_mail(self, error: Exception) -> None:
+        reason = f"its watchdog cannot be started now: {error}; a later submit tries again"
         while self._mailbox:
             item = self._mailbox.popleft()
             if isinstance(item, Work):
@@ -494,6 +523,8 @@ class Watchdog:
             self._due = self._core.next_deadline()
         if self._store is not None:
             self._trim(now)
+        if self._held_up and not _held_up.try_once(self._held_up):
+            self._held_up_s = min(2 * self._held_up_s, _held_up.LONGEST_LOOK_S)
         for observer in self.observers:
             observer.round_ended(self._observed)
         if self._unanswered:
@@ -548,6 +579,8 @@ class Watchdog:
             moments.append(self._links.answered_at + LENT_FOR_S)
         if self._lending.rung_for:
             moments.append(now + COME_BACK_S)
+        if self._held_up:
+            moments.append(now + self._held_up_s)
         known = [moment for moment in moments if moment is not None]
         return min(max(0.0, min(known) - now), LONGEST_S) if known else None
 
@@ -608,7 +641,10 @@ class Watchdog:
         fresh: list[e.NewTask | int] = []  # that have ``like`` in common
         futures, like = self._pending.futures, None
         for _ in range(len(mailbox)):
-            item = mailbox.popleft()
+            try:
+                item = mailbox.popleft()
+            except IndexError:  # it was shut down within its start, and another thread returns the mail
+                break
             if isinstance(item, SafeFuture):
                 task, payload = item._task, item._payload
                 if payload is None:  # cancelled meanwhile, and the core need not know
@@ -731,6 +767,10 @@ class Watchdog:
     def _let_go(self) -> None:
         """Of everything that is not a worker's."""
         self._return_mail()
+        end = monotonic() + HELD_UP_LIMIT_S
+        while self._held_up and not _held_up.try_once(self._held_up) and monotonic() < end:
+            sleep(_held_up.FIRST_LOOK_S)
+        self._leave_held_up()
         self._setup = Setup()  # what its initializer was given is not kept
         self._own.close()
         self._close_store()
@@ -738,9 +778,9 @@ class Watchdog:
             side.close()
 
     def _close_store(self) -> None:
-        with self._start_lock:
-            if self._store is not None:
-                self._store.close()
+        # (Without the lock, see Scenario 6.  Who is just making one finds that the pool is closed.)
+        if self._store is not None:
+            self._store.close()
 
     def _return_mail(self) -> None:
         """What was posted too late fails, rather than wait for a thread that is gone."""

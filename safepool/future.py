@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         def is_fork(self) -> bool: ...
         def look(self, *, wait: bool) -> None: ...
         def state_of(self, task: int) -> str: ...
+        def try_until_done(self, job: Callable[[], bool]) -> None: ...
 
 
 LOOK_AFTER_S = 1.0
@@ -508,7 +509,7 @@ class SafeFuture(Future["Any"]):
         if self._end_unawaited(state) is None and not self._try_to_end(state):
             assert self._sync is not None
             self._sync.end = state
-            _later(self, lambda future: future._try_to_end(state))
+            self._try_later(lambda future: future._try_to_end(state))
 
     def _try_to_end(self, state: str) -> bool:
         """False: another thread has its lock."""
@@ -551,10 +552,16 @@ class SafeFuture(Future["Any"]):
             sync.condition.notify_all()
         return [*sync.waiters]
 
+    def _try_later(self, job: Callable[[SafeFuture], bool]) -> None:
+        """As long as anybody cares for it: who has it, or is to be called back."""
+        known = weakref.ref(self)
+        kept = self if self._sync is not None and self._sync.callbacks else None
+        self._home.try_until_done(lambda: (there := kept or known()) is None or job(there))
+
     def _tell_all(self, waiters: Iterable[Any]) -> None:
         for waiter in waiters:
             if not self._try_to_tell(waiter):
-                _later(self, partial(SafeFuture._try_to_tell, waiter=waiter))
+                self._try_later(partial(SafeFuture._try_to_tell, waiter=waiter))
 
     def _try_to_tell(self, waiter: Any) -> bool:
         """False: it is one of the stdlib's, and another thread has a lock of its."""
@@ -613,14 +620,6 @@ def answer_all(futures: list[SafeFuture]) -> None:
                 awaited.append(future)
     for future in awaited:
         future.answered_by_watchdog()
-
-
-def _later(future: SafeFuture, job: Callable[[SafeFuture], bool]) -> None:
-    """For as long as anybody cares for it."""
-    from ._held_up import try_until_done
-
-    known = weakref.ref(future)
-    try_until_done(lambda: (there := known()) is None or job(there))
 
 
 def _let_go_in_child() -> None:
