@@ -57,10 +57,9 @@ class Side:
     def _wake(self) -> bool:
         """False: there is no thread."""
         with self._lock:
-            is_there = self._thread is not None
-            sleeper, self._sleeper = self._sleeper, None
-        if sleeper is not None:
-            with suppress(RuntimeError):  # it has just looked by itself
+            is_there, sleeper = self._thread is not None, self._sleeper
+        if sleeper is not None and sleeper.locked():
+            with suppress(RuntimeError):  # another one was faster
                 sleeper.release()
         return is_there
 

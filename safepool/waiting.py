@@ -134,8 +134,8 @@ class _Watch:
     def _add(self, future: Future[Any]) -> None:
         # No lock, for who waits may be held up by a signal handler of the user's, or a finalizer may cancel a future.
         self._reported.append(future)
-        sleeper, self._sleeper = self._sleeper, None
-        if sleeper is not None:
+        sleeper = self._sleeper
+        if sleeper is not None and sleeper.locked():
             with suppress(RuntimeError):  # another one was faster
                 sleeper.release()
 
