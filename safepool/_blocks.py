@@ -115,7 +115,7 @@ class Store:
         # Scenario 1: (a) a thread has the lock, (b) a signal handler, or a finalizer, of the user's runs there, and
         # sends something big.  Then there is no block for that.
         me = get_ident()
-        if self._holder == me:
+        if self._holder == me or self._is_closed:
             return None
         with self._lock:
             self._holder = me
@@ -134,8 +134,6 @@ class Store:
             return None
 
     def _cached(self, size: int) -> Block | None:
-        if self._is_closed:
-            return None
         self._look_after()
         block = self._best(size)
         if block is not None:
@@ -144,8 +142,6 @@ class Store:
 
     def _has_room(self) -> bool:
         """For one more, which is counted."""
-        if self._is_closed:
-            return False
         while self._number >= self._most_blocks and (self._free or self._back):
             self._forget((self._free or self._back)[0])
         if self._number >= self._most_blocks:

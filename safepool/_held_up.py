@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from contextlib import suppress
 from time import sleep
 
 from ._log import ERROR, tell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 FIRST_LOOK_S = 0.001
 LONGEST_LOOK_S = 0.5
@@ -24,20 +25,21 @@ _jobs: deque[Callable[[], bool]] = deque()
 _is_running = False
 
 
-def try_until_done(jobs: Iterable[Callable[[], bool]]) -> None:
-    """Call each of them soon, and again and again until it returns True.  They may not wait for anything."""
-    global _is_running
-    _jobs.extend(jobs)
-    if _jobs and not _is_running:
-        _is_running = True
-        try:
+def try_until_done(job: Callable[[], bool]) -> None:
+    """Call ``job`` soon, and again and again until it returns True.  It may not wait for anything."""
+    _jobs.append(job)
+    if not _is_running:
+        with suppress(RuntimeError):  # no thread is to be had: the next one tries again
             threading.Thread(target=_run, name="safepool-held-up", daemon=True).start()
-        except RuntimeError:  # no thread is to be had: the next one tries again
-            _is_running = False
 
 
 def _run() -> None:
     global _is_running
+    # Scenario 2: (a) this thread is being started, (b) a signal handler of the user's raises there, (c) nobody knows
+    # whether it runs.  So it says so itself, and there may be two: then one ends.
+    if _is_running:
+        return
+    _is_running = True
     pause_s = FIRST_LOOK_S
     while True:
         if try_once(_jobs):
@@ -54,14 +56,17 @@ def _run() -> None:
 
 def try_once(jobs: deque[Callable[[], bool]]) -> bool:
     """Call each; those that are not done stay.  Was any of them done?"""
-    before = len(jobs)
-    kept = 0
-    for _ in range(before):
-        job = jobs.popleft()
-        if not _is_done(job):
+    is_any_done = False
+    for _ in range(len(jobs)):
+        try:
+            job = jobs.popleft()
+        except IndexError:  # another thread has taken them over
+            break
+        if _is_done(job):
+            is_any_done = True
+        else:
             jobs.append(job)
-            kept += 1
-    return kept < before
+    return is_any_done
 
 
 def _is_done(job: Callable[[], bool]) -> bool:

@@ -536,7 +536,7 @@ class SafeFuture(Future["Any"]):
         with _brief:
             if self._sync is not None:
                 return None
-            if self._state in _DONE:
+            if self._state in _DONE:  # (not ``_end``: after a call a handler may run, see ``_Sync``)
                 return False
             self._state = state
             return True

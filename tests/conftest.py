@@ -41,7 +41,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory for temporary files that only this session uses, so that whatever appears there is ours."""
     folder = tmp_path_factory.mktemp("t")  # a short name: sockets in it may have 107 characters
     with pytest.MonkeyPatch.context() as patch:
-        # So do keepers: what a test leaves to the next program is not for one of a test beside it.
+        # Where keepers are written down: what a test leaves to the next program is not for one of a test beside it.
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("r")))
         patch.setenv("TMPDIR", str(folder))
         patch.setattr(tempfile, "tempdir", None)

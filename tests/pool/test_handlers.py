@@ -34,14 +34,15 @@ class Interrupted(BaseException):
 class Moment:
     """Calls ``act`` once, at the moment of that number."""
 
-    def __init__(self, number: int, act: Callable[[], None]) -> None:
+    def __init__(self, number: int, act: Callable[[], None], is_lost: Callable[[FrameType], bool]) -> None:
         self.number = number
+        self._is_lost = is_lost
         self.seen = 0
         self.where = ""
         self._act = act
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event not in ("call", "c_return") or _is_lost(frame):
+        if event not in ("call", "c_return") or self._is_lost(frame):
             return
         self.seen += 1
         if self.seen == self.number:
@@ -51,8 +52,12 @@ class Moment:
             self._act()
 
 
-def _is_lost(frame: FrameType | None) -> bool:
-    """What is raised there.  In a finalizer, CPython forgets it; in the start of a thread, that is locked for ever."""
+def _nothing_is_lost(frame: FrameType) -> bool:
+    return False
+
+
+def _what_is_raised_is_lost(frame: FrameType | None) -> bool:
+    """In a finalizer, CPython forgets it; in the start of a thread, that is locked for ever."""
     while frame is not None:
         if frame.f_code is threading.Thread.start.__code__ or frame.f_code.co_name in FINALIZERS:
             return True
@@ -60,10 +65,15 @@ def _is_lost(frame: FrameType | None) -> bool:
     return False
 
 
-def moments(do: Callable[[], object], act: Callable[[], None], step: int = 1) -> Iterator[str]:
+def moments(
+    do: Callable[[], object],
+    act: Callable[[], None],
+    step: int = 1,
+    is_lost: Callable[[FrameType], bool] = _nothing_is_lost,
+) -> Iterator[str]:
     """Does it again and again, and each time ``act`` at a later moment of it; where that was."""
     for number in range(1, MOST_MOMENTS, step):
-        moment = Moment(number, act)
+        moment = Moment(number, act, is_lost)
         before = sys.getprofile()
         try:
             sys.setprofile(moment)
@@ -130,7 +140,7 @@ def test_a_handler_raises(pool: MakePool, way: str) -> None:
     def act() -> None:
         raise Interrupted
 
-    for where in moments(lambda: WAYS[way](executor), act, 2):
+    for where in moments(lambda: WAYS[way](executor), act, 2, _what_is_raised_is_lost):
         began = monotonic()
         futures = [executor.submit(tasks.echo, n) for n in range(3)]
         assert [future.result(LIMIT_S) for future in futures] == [0, 1, 2], where
@@ -164,5 +174,19 @@ def test_a_handler_submits_first(pool: MakePool) -> None:
 
     for where in moments(lambda: executors[0].submit(tasks.echo, 1).result(LIMIT_S), act, 3):
         assert executors[0].submit(tasks.echo, 2).result(LIMIT_S) == 2, where
+        executors[0].shutdown()
+        executors[0] = pool(1)
+
+
+def test_a_handler_shuts_down_within_the_first_submit(pool: MakePool) -> None:
+    """It returns, and whoever submitted is answered, or refused."""
+    executors = [pool(1)]
+
+    def act() -> None:
+        began = monotonic()
+        executors[0].shutdown()
+        assert monotonic() - began < 5 + SLACK_S
+
+    for _ in moments(lambda: executors[0].submit(tasks.echo, 1).result(LIMIT_S), act, 3):
         executors[0].shutdown()
         executors[0] = pool(1)
